@@ -1,0 +1,210 @@
+package main
+
+import (
+	"encoding/base64"
+	"errors"
+	"math"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/golang-jwt/jwt/v5"
+)
+
+var (
+	errNoBearer     = errors.New("no bearer token")
+	errInvalidToken = errors.New("invalid token")
+	errExpiredToken = errors.New("expired token")
+)
+
+const maxSubject = 255 // bytes
+
+// An authenticator judges tokens: those of HS256 with the secret, all others with the JWKS.
+type authenticator struct {
+	secret   []byte // nil: HS256 is refused
+	jwks     *jwks  // nil: everything else is refused
+	issuer   string // "" for any
+	audience string // "" for any
+}
+
+// own guards a route: next runs only for the user whom both the token and the path name.
+func (a *authenticator) own(next func(*response, *http.Request, string) error) handler {
+	return func(w *response, r *http.Request) error {
+		token, err := bearer(r.Header["Authorization"])
+		if err != nil {
+			return err
+		}
+		user, err := a.subject(r, token)
+		if err != nil {
+			return err
+		}
+		w.user = user
+		if r.PathValue("user_id") != user {
+			return &httpError{http.StatusForbidden, "Forbidden"}
+		}
+		return next(w, r, user)
+	}
+}
+
+// bearer returns the token from the lines of the Authorization header (RFC 6750 section 2.1).
+func bearer(lines []string) (string, error) {
+	if len(lines) != 1 {
+		return "", errNoBearer
+	}
+	scheme, token, _ := strings.Cut(lines[0], " ")
+	token = strings.Trim(token, " ")
+	if !strings.EqualFold(scheme, "Bearer") || token == "" || strings.ContainsAny(token, " \t") {
+		return "", errNoBearer
+	}
+	return token, nil
+}
+
+// subject returns the user whom the token names, or errInvalidToken, errExpiredToken, or errJWKSDown.
+func (a *authenticator) subject(r *http.Request, token string) (string, error) {
+	signed, signature, ok := cutLast(token, ".")
+	head, body, ok2 := strings.Cut(signed, ".")
+	header, err := tokenPart(head)
+	claims, err2 := tokenPart(body)
+	sig, err3 := base64.RawURLEncoding.Strict().DecodeString(signature)
+	if !ok || !ok2 || errors.Join(err, err2, err3) != nil {
+		return "", errInvalidToken
+	}
+	user, expired, ok := a.judge(claims, time.Now())
+	alg, algOK := claimText(header, "alg")
+	if _, critical := header.member("crit"); !ok || !algOK || critical > 0 {
+		return "", errInvalidToken // RFC 7515 section 4.1.11: no extension is understood here
+	}
+	if err := a.verify(r, header, alg, signed, sig); err != nil {
+		return "", err
+	}
+	if expired {
+		return "", errExpiredToken
+	}
+	return user, nil
+}
+
+// verify checks the signature with a key that is meant for alg.
+func (a *authenticator) verify(r *http.Request, header jsonValue, alg, signed string, signature []byte) error {
+	if alg == jwt.SigningMethodHS256.Alg() {
+		if a.secret == nil || jwt.SigningMethodHS256.Verify(signed, signature, a.secret) != nil {
+			return errInvalidToken
+		}
+		return nil
+	}
+	method := asymmetric[alg]
+	kid, ok := claimText(header, "kid")
+	if a.jwks == nil || method == nil || !ok {
+		return errInvalidToken
+	}
+	keys, err := a.jwks.keys(r.Context(), kid)
+	if err != nil {
+		return err
+	}
+	for _, key := range keys {
+		if key.verifies(alg) && method.Verify(signed, signature, key.public) == nil {
+			return nil
+		}
+	}
+	return errInvalidToken
+}
+
+// judge returns what the claims say about the user and the time; ok is false when they are not to be
+// accepted whatever the signature.
+func (a *authenticator) judge(claims jsonValue, now time.Time) (user string, expired, ok bool) {
+	user, ok = claimText(claims, "sub")
+	if !ok || user == "" || len(user) > maxSubject {
+		return "", false, false
+	}
+	seconds := float64(now.UnixNano()) / 1e9
+	exp, ok := claimTime(claims, "exp")
+	if !ok {
+		return "", false, false
+	}
+	if _, n := claims.member("nbf"); n > 0 {
+		if nbf, ok := claimTime(claims, "nbf"); !ok || seconds < nbf {
+			return "", false, false
+		}
+	}
+	if a.issuer != "" {
+		if issuer, ok := claimText(claims, "iss"); !ok || issuer != a.issuer {
+			return "", false, false
+		}
+	}
+	if a.audience != "" && !claimHolds(claims, "aud", a.audience) {
+		return "", false, false
+	}
+	return user, seconds >= exp, true
+}
+
+// tokenPart decodes a part of a token that must be a JSON object.
+func tokenPart(part string) (jsonValue, error) {
+	text, err := base64.RawURLEncoding.Strict().DecodeString(part)
+	if err != nil {
+		return jsonValue{}, err
+	}
+	v, err := parseJSON(text)
+	if err == nil && !v.isObject() {
+		err = errInvalidToken
+	}
+	return v, err
+}
+
+// claimText returns a string that is there exactly once.
+func claimText(v jsonValue, name string) (string, bool) {
+	raw, n := v.member(name)
+	if n != 1 || raw[0] != '"' {
+		return "", false
+	}
+	return jsonText(raw)
+}
+
+// claimTime returns a NumericDate (RFC 7519 section 2) that is there exactly once.
+func claimTime(v jsonValue, name string) (float64, bool) {
+	raw, n := v.member(name)
+	seconds, err := strconv.ParseFloat(string(raw), 64)
+	return seconds, n == 1 && err == nil && math.Abs(seconds) <= 1<<53
+}
+
+// claimHolds reports whether the member, which is there exactly once, is text or a list of strings with text in it.
+func claimHolds(v jsonValue, name, text string) (holds bool) {
+	raw, n := v.member(name)
+	if n != 1 {
+		return false
+	}
+	if raw[0] == '"' {
+		value, ok := jsonText(raw)
+		return ok && value == text
+	}
+	elements, ok := jsonElements(raw)
+	for _, element := range elements {
+		if element[0] != '"' {
+			return false
+		}
+		if value, ok := jsonText(element); ok && value == text {
+			holds = true
+		}
+	}
+	return ok && holds
+}
+
+// developmentToken makes a token that this service accepts, for the user and time given.
+func (a *authenticator) developmentToken(user string, ttl time.Duration) (string, error) {
+	now := time.Now()
+	claims := jwt.MapClaims{"sub": user, "iat": now.Unix(), "exp": now.Add(ttl).Unix()}
+	if a.issuer != "" {
+		claims["iss"] = a.issuer
+	}
+	if a.audience != "" {
+		claims["aud"] = a.audience
+	}
+	return jwt.NewWithClaims(jwt.SigningMethodHS256, claims).SignedString(a.secret)
+}
+
+// cutLast cuts s around the last sep.
+func cutLast(s, sep string) (before, after string, found bool) {
+	if i := strings.LastIndex(s, sep); i >= 0 {
+		return s[:i], s[i+len(sep):], true
+	}
+	return s, "", false
+}

@@ -1,0 +1,369 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"database/sql/driver"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"net/url"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/lib/pq"
+)
+
+// This file stands between database/sql and lib/pq, and makes three promises that neither makes:
+// a statement of which any byte was sent is never repeated behind the caller's back; nothing waits
+// longer than its context and cancelGrace, whatever the server does; and a connection that the
+// server has closed is found out before a statement is written to it.
+
+const (
+	// cancelGrace is how long a statement may go on after its context has ended: the cancel request
+	// comes first, so that the server gives up too, and the read deadline behind it.
+	cancelGrace = 700 * time.Millisecond
+	// cancelDial bounds the connection that carries a cancel request.
+	cancelDial = 500 * time.Millisecond
+)
+
+// errInDoubt marks an error after which nobody knows whether the statement took effect.
+var errInDoubt = errors.New("connection lost while the statement ran")
+
+// A connectError is a failure to connect: no statement was sent.
+type connectError struct{ error }
+
+func (e connectError) Unwrap() error { return e.error }
+
+// parseDatabaseURL turns a PostgreSQL URL (the manual's section "Connection URIs") into lib/pq's
+// configuration, and returns what the operator should be warned about. No error of it quotes the URL.
+func parseDatabaseURL(text string, getenv func(string) string) (cfg pq.Config, warnings []string, err error) {
+	params, err := urlParameters(text)
+	if err != nil {
+		return cfg, nil, err
+	}
+	local := !slices.ContainsFunc(strings.Split(cmp.Or(params["hostaddr"], params["host"], getenv("PGHOST")), ","),
+		func(host string) bool { return !isLocal(host) })
+	mode := cmp.Or(params["sslmode"], getenv("PGSSLMODE"))
+	switch {
+	case params["channel_binding"] == "require":
+		// lib/pq has no channel binding. What that protects against, somebody in the middle with
+		// another certificate, a verified certificate and host name protect against as well.
+		if mode == "disable" {
+			return cfg, nil, errors.New("channel_binding=require contradicts sslmode=disable: leave one of them out")
+		}
+		mode = "verify-full"
+		params["sslrootcert"] = cmp.Or(params["sslrootcert"], getenv("PGSSLROOTCERT"), "system")
+	case mode == "" && params["sslrootcert"] == "system":
+		mode = "verify-full"
+	case mode == "" && local:
+		mode = "prefer"
+	case mode == "":
+		mode = "require"
+	}
+	if mode == "require" && !local && cmp.Or(params["sslrootcert"], getenv("PGSSLROOTCERT")) == "" {
+		warnings = append(warnings, "the connection to the database is encrypted, but the server's identity is not verified: "+
+			"use sslmode=verify-full&sslrootcert=system, or channel_binding=require")
+	}
+	params["sslmode"] = mode
+	delete(params, "channel_binding")
+
+	var dsn strings.Builder
+	for key, value := range params {
+		fmt.Fprintf(&dsn, "%s='%s' ", key, strings.NewReplacer(`\`, `\\`, `'`, `\'`).Replace(value))
+	}
+	if cfg, err = pq.NewConfig(dsn.String()); err != nil {
+		return cfg, nil, withoutSecrets(err, text, params)
+	}
+	if cfg.Runtime == nil {
+		cfg.Runtime = map[string]string{}
+	}
+	cfg.Runtime["timezone"] = "UTC"
+	cfg.ApplicationName = cmp.Or(cfg.ApplicationName, "taskflow")
+	cfg.BinaryParameters = true // one round trip for each statement, so a transaction pooler cannot split it
+	return cfg, warnings, nil
+}
+
+// withoutSecrets keeps an error of lib/pq's parser unless it might quote what must not be printed.
+func withoutSecrets(err error, text string, params map[string]string) error {
+	for _, secret := range []string{text, params["password"], params["sslpassword"]} {
+		if secret != "" && strings.Contains(err.Error(), secret) {
+			return errors.New("has an option that cannot be used")
+		}
+	}
+	return err
+}
+
+// urlParameters takes a URL apart into libpq's parameter names. net/url cannot do it: it refuses
+// host lists with ports and percent-encoded socket directories, which are legal here.
+func urlParameters(text string) (map[string]string, error) {
+	scheme, rest, ok := strings.Cut(text, "://")
+	if !ok || scheme != "postgres" && scheme != "postgresql" {
+		return nil, errors.New("must be a URL that begins with postgres:// or postgresql://")
+	}
+	rest, query, _ := strings.Cut(rest, "?")
+	authority, database, _ := strings.Cut(rest, "/")
+	params := map[string]string{}
+	var failed error
+	set := func(name, value string) {
+		value, err := url.PathUnescape(value)
+		if err != nil || strings.ContainsRune(value, 0) {
+			failed = fmt.Errorf("has a broken percent-encoding in its %s", name)
+		}
+		if value != "" {
+			params[name] = value
+		}
+	}
+	if at := strings.LastIndexByte(authority, '@'); at >= 0 {
+		user, password, _ := strings.Cut(authority[:at], ":")
+		set("user", user)
+		set("password", password)
+		authority = authority[at+1:]
+	}
+	var hosts, ports []string
+	for _, host := range strings.Split(authority, ",") {
+		port := ""
+		if colon := strings.LastIndexByte(host, ':'); colon > strings.LastIndexByte(host, ']') {
+			host, port = host[:colon], host[colon+1:]
+		}
+		hosts = append(hosts, strings.Trim(host, "[]"))
+		ports = append(ports, port)
+	}
+	set("host", strings.Join(hosts, ","))
+	if list := strings.Join(ports, ","); strings.Trim(list, ",") != "" {
+		set("port", list)
+	}
+	set("dbname", database)
+	for _, pair := range strings.Split(query, "&") {
+		name, value, _ := strings.Cut(pair, "=")
+		if pair != "" && strings.Trim(name, "abcdefghijklmnopqrstuvwxyz_.") != "" {
+			return nil, errors.New("has an option whose name is not made of lower-case letters")
+		}
+		if name == "ssl" && value == "true" { // as libpq has it for JDBC's sake
+			name, value = "sslmode", "require"
+		}
+		set(name, value)
+	}
+	return params, failed
+}
+
+// isLocal reports whether host, one of a URL's, names this machine: a socket directory or loopback.
+func isLocal(host string) bool {
+	addr, err := netip.ParseAddr(host)
+	return host == "" || host == "localhost" || filepath.IsAbs(host) || strings.HasPrefix(host, "@") ||
+		err == nil && addr.IsLoopback()
+}
+
+// A connector opens careful connections; it is what sql.OpenDB takes.
+type connector struct {
+	pq      *pq.Connector
+	timeout time.Duration // for connecting to one host, the handshake included
+}
+
+// newConnector makes a connector with a time limit for connecting, shared by the hosts of the URL.
+func newConnector(cfg pq.Config, timeout time.Duration) *connector {
+	if cfg.ConnectTimeout > 0 {
+		timeout = min(timeout, cfg.ConnectTimeout)
+	}
+	cfg.ConnectTimeout = 0 // this connector keeps the time itself
+	inner, _ := pq.NewConnectorConfig(cfg)
+	inner.Dialer(dialer{})
+	return &connector{inner, timeout / time.Duration(1+len(cfg.Multi))}
+}
+
+func (c *connector) Driver() driver.Driver { return c.pq.Driver() }
+
+// Connect opens a connection. Its error is a connectError.
+func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
+	slot := &dialSlot{timeout: c.timeout}
+	inner, err := c.pq.Connect(context.WithValue(ctx, slotKey{}, slot))
+	if err != nil {
+		return nil, connectError{err}
+	}
+	slot.stop()
+	if err := slot.conn.SetDeadline(time.Time{}); err != nil {
+		return nil, connectError{errors.Join(err, inner.Close())}
+	}
+	return &careful{inner.(pqConn), slot.conn, false}, nil
+}
+
+// A dialSlot brings the network connection that lib/pq asks for back to Connect.
+type dialSlot struct {
+	timeout time.Duration
+	conn    *netConn
+	stop    func() bool
+}
+
+type slotKey struct{}
+
+// A dialer dials for lib/pq: for Connect, with a slot in the context, and for cancel requests, without.
+type dialer struct{}
+
+func (dialer) Dial(network, address string) (net.Conn, error) {
+	return dialer{}.DialContext(context.Background(), network, address)
+}
+
+func (dialer) DialTimeout(network, address string, _ time.Duration) (net.Conn, error) {
+	return dialer{}.Dial(network, address)
+}
+
+// DialContext sets a deadline that also holds for the TLS and PostgreSQL handshakes which follow.
+func (dialer) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
+	slot, ok := ctx.Value(slotKey{}).(*dialSlot)
+	if !ok {
+		slot = &dialSlot{timeout: cancelDial}
+	}
+	deadline := time.Now().Add(slot.timeout)
+	dialing, cancel := context.WithDeadline(ctx, deadline)
+	defer cancel()
+	inner, err := new(net.Dialer).DialContext(dialing, network, address)
+	if err != nil {
+		return nil, err
+	}
+	raw, err := inner.(syscall.Conn).SyscallConn()
+	if err == nil {
+		err = inner.SetDeadline(deadline)
+	}
+	if err != nil {
+		return nil, errors.Join(err, inner.Close())
+	}
+	slot.conn = &netConn{Conn: inner, raw: raw}
+	slot.stop = context.AfterFunc(ctx, func() { _ = inner.SetDeadline(time.Now()) })
+	return slot.conn, nil
+}
+
+// A netConn is the network connection under lib/pq, and under TLS where that is used.
+type netConn struct {
+	net.Conn
+	raw   syscall.RawConn
+	wrote bool // since the statement began
+}
+
+func (c *netConn) Write(b []byte) (int, error) {
+	n, err := c.Conn.Write(b)
+	c.wrote = c.wrote || n > 0
+	return n, err
+}
+
+// quiet reports that the server has sent nothing and closed nothing: before a statement is sent it
+// has nothing to say but that it is going away.
+func (c *netConn) quiet() bool {
+	var err error
+	peek := func(fd uintptr) bool {
+		_, _, err = syscall.Recvfrom(int(fd), make([]byte, 1), syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
+		return true
+	}
+	return c.raw.Read(peek) == nil && (err == syscall.EAGAIN || err == syscall.EINTR)
+}
+
+// pqConn is what lib/pq's connection offers to database/sql, as far as this service uses it.
+type pqConn interface {
+	driver.Conn
+	driver.QueryerContext
+	driver.ExecerContext
+	driver.NamedValueChecker
+	driver.SessionResetter
+	driver.Validator
+}
+
+// careful is a connection as this file promises it.
+type careful struct {
+	pqConn
+	net    *netConn
+	broken bool // to be thrown away instead of going back to the pool
+}
+
+func (c *careful) IsValid() bool { return !c.broken && c.pqConn.IsValid() }
+
+func (c *careful) Close() error {
+	_ = c.net.SetDeadline(time.Now().Add(cancelDial))
+	return c.pqConn.Close()
+}
+
+// begin prepares for one statement. The function it returns ends it, and judges its error.
+func (c *careful) begin(ctx context.Context) (end func(error) error, err error) {
+	c.net.wrote = false
+	if !c.net.quiet() {
+		c.broken = true
+		return nil, driver.ErrBadConn
+	}
+	stop := context.AfterFunc(ctx, func() { _ = c.net.SetDeadline(time.Now().Add(cancelGrace)) })
+	return func(err error) error {
+		c.broken = !stop() || c.broken // a deadline was set, or will be: not a connection for others
+		return c.judge(err)
+	}, nil
+}
+
+// judge tells what an error of lib/pq means for the statement: driver.ErrBadConn, which makes
+// database/sql repeat it on another connection, only when nothing was sent.
+func (c *careful) judge(err error) error {
+	if err == nil || err == io.EOF {
+		return err
+	}
+	if pq.As(err) != nil {
+		c.broken = c.broken || pq.As(err, "25006") != nil // read_only_sql_transaction: no longer the primary
+		return err
+	}
+	c.broken = true
+	if !c.net.wrote {
+		return driver.ErrBadConn
+	}
+	if errors.Is(err, driver.ErrBadConn) {
+		return errInDoubt // without the driver's error in it, lest database/sql repeat the statement
+	}
+	return fmt.Errorf("%w: %w", errInDoubt, err)
+}
+
+func (c *careful) ExecContext(ctx context.Context, query string, args []driver.NamedValue) (driver.Result, error) {
+	end, err := c.begin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	result, err := c.pqConn.ExecContext(ctx, query, args)
+	return result, end(err)
+}
+
+func (c *careful) QueryContext(ctx context.Context, query string, args []driver.NamedValue) (driver.Rows, error) {
+	end, err := c.begin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	rows, err := c.pqConn.QueryContext(ctx, query, args)
+	if err != nil {
+		return nil, end(err)
+	}
+	return &carefulRows{rows, c, end}, nil
+}
+
+// carefulRows judges what reading a result can end with.
+type carefulRows struct {
+	driver.Rows
+	conn *careful
+	end  func(error) error
+}
+
+func (r *carefulRows) Next(dest []driver.Value) error { return r.conn.judge(r.Rows.Next(dest)) }
+
+func (r *carefulRows) Close() error { return r.end(r.Rows.Close()) }
+
+// isStartupError reports an error that waiting does not cure: a refused password or user, a missing
+// database, a certificate that does not fit, a schema that cannot be applied.
+func isStartupError(err error) bool {
+	if e := pq.As(err); e != nil {
+		switch e.Code.Class() {
+		case "28", "3D", "42", "22", "23", "0A", "P0":
+			return true
+		}
+		return false
+	}
+	var verification *tls.CertificateVerificationError
+	var authority x509.UnknownAuthorityError
+	return errors.As(err, &verification) || errors.As(err, &authority) || errors.Is(err, pq.ErrSSLNotSupported)
+}

@@ -1,0 +1,377 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"os/user"
+	"path/filepath"
+	"reflect"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/lib/pq"
+)
+
+// This file runs a private PostgreSQL for development, and for the tests, from the server programs of
+// the machine. All it keeps is in one folder of mode 0700, and only a Unix socket leads to it.
+
+const (
+	maxSocketPath = 103 // bytes; macOS has room for 104 with the NUL, Linux for 108
+	socketName    = ".s.PGSQL.5432"
+	stopPatience  = 10 * time.Second
+)
+
+// errNoPostgres is what somebody without PostgreSQL's server programs reads.
+var errNoPostgres = errors.New(`development needs PostgreSQL's server programs (initdb, postgres), or a DATABASE_URL. Install them:
+  Debian, Ubuntu:  sudo apt-get install postgresql
+  Fedora, RHEL:    sudo dnf install postgresql-server
+  macOS:           brew install postgresql@18, or Postgres.app`)
+
+// programPlaces is where to look for the server programs besides PATH, as filepath.Match has it.
+var programPlaces = []string{
+	"/usr/lib/postgresql/*/bin",                            // Debian, Ubuntu
+	"/usr/pgsql-*/bin", "/usr/lib64/pgsql/bin", "/usr/bin", // Red Hat
+	"/opt/homebrew/opt/postgresql*/bin",                  // Homebrew on Apple silicon
+	"/usr/local/opt/postgresql*/bin",                     // Homebrew on Intel
+	"/Applications/Postgres.app/Contents/Versions/*/bin", // Postgres.app
+	"/usr/local/pgsql/bin", "/home/linuxbrew/.linuxbrew/opt/postgresql*/bin",
+}
+
+// A devFolder is where the private PostgreSQL and the generated secret live.
+type devFolder struct {
+	path    string
+	account *syscall.Credential // whom the programs run as; nil: ourselves
+}
+
+// openDevFolder returns .taskflow in the working directory, made if need be. PostgreSQL refuses to
+// run as root: then it runs as an unprivileged user, and where that user cannot reach the working
+// directory, the folder is in /var/lib.
+func openDevFolder() (devFolder, error) {
+	cwd, err := os.Getwd()
+	if err != nil {
+		return devFolder{}, err
+	}
+	f := devFolder{path: filepath.Join(cwd, ".taskflow")}
+	if os.Getuid() == 0 {
+		if f.account, err = unprivileged(f.path); err != nil {
+			return f, err
+		}
+		if !reachable(cwd, f.account) {
+			f.path = fmt.Sprintf("/var/lib/taskflow-%x", sha256.Sum256([]byte(cwd)))[:len("/var/lib/taskflow-")+12]
+			if f.account, err = unprivileged(f.path); err != nil {
+				return f, err
+			}
+		}
+	}
+	return f, f.prepare()
+}
+
+// prepare makes the folder private, and the account's.
+func (f devFolder) prepare() error {
+	if err := os.Mkdir(f.path, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	if f.account != nil {
+		if err := os.Chown(f.path, int(f.account.Uid), int(f.account.Gid)); err != nil {
+			return err
+		}
+	}
+	if err := os.Chmod(f.path, 0o700); err != nil {
+		return fmt.Errorf("%w: the folder belongs to somebody else; remove it, or work somewhere else", err)
+	}
+	return nil
+}
+
+// unprivileged returns the owner of folder if it exists and is not root's, else postgres or nobody.
+func unprivileged(folder string) (*syscall.Credential, error) {
+	if info, err := os.Stat(folder); err == nil {
+		if owner := info.Sys().(*syscall.Stat_t); owner.Uid != 0 {
+			return &syscall.Credential{Uid: owner.Uid, Gid: owner.Gid}, nil
+		}
+	}
+	for _, name := range []string{"postgres", "nobody"} {
+		if u, err := user.Lookup(name); err == nil {
+			uid, _ := strconv.ParseUint(u.Uid, 10, 32)
+			gid, _ := strconv.ParseUint(u.Gid, 10, 32)
+			return &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}, nil
+		}
+	}
+	return nil, errors.New("PostgreSQL does not run as root, and there is neither a user postgres nor nobody: start as an ordinary user")
+}
+
+// reachable reports whether the account may search dir and all above it.
+func reachable(dir string, account *syscall.Credential) bool {
+	for ; ; dir = filepath.Dir(dir) {
+		info, err := os.Stat(dir)
+		if err != nil {
+			return false
+		}
+		owner, search := info.Sys().(*syscall.Stat_t), fs.FileMode(0o001)
+		if owner.Uid == account.Uid {
+			search = 0o100
+		} else if owner.Gid == account.Gid {
+			search = 0o010
+		}
+		if info.Mode()&search == 0 {
+			return false
+		}
+		if dir == filepath.Dir(dir) {
+			return true
+		}
+	}
+}
+
+// developmentSecret returns the secret that is kept in the folder, made at the first call.
+func developmentSecret() ([]byte, error) {
+	f, err := openDevFolder()
+	if err != nil {
+		return nil, err
+	}
+	path := filepath.Join(f.path, "secret")
+	// O_EXCL and rename: of two processes that start together both end with the same secret
+	fresh := fmt.Sprintf("%s.%d", path, os.Getpid())
+	if err := os.WriteFile(fresh, []byte(rand.Text()+rand.Text()), 0o600); err != nil {
+		return nil, err
+	}
+	defer os.Remove(fresh)
+	if err := os.Link(fresh, path); err != nil && !errors.Is(err, fs.ErrExist) {
+		return nil, err
+	}
+	secret, err := os.ReadFile(path)
+	if err == nil && len(secret) < minSecret {
+		err = fmt.Errorf("%s is too short: remove it", path)
+	}
+	return secret, err
+}
+
+// findPrograms returns the folder with the newest server programs, or those of the given major
+// version where that is not "".
+func findPrograms(major string) (string, error) {
+	places := filepath.SplitList(os.Getenv("PATH"))
+	for _, pattern := range programPlaces {
+		found, _ := filepath.Glob(pattern)
+		slices.SortFunc(found, func(a, b string) int { return cmp.Or(len(b)-len(a), strings.Compare(b, a)) })
+		places = append(places, found...)
+	}
+	for _, place := range places {
+		out, err := exec.Command(filepath.Join(place, "postgres"), "--version").Output() // postgres (PostgreSQL) 18.1 …
+		if err != nil {
+			continue
+		}
+		real, err := filepath.EvalSymlinks(filepath.Join(place, "postgres"))
+		if _, missing := os.Stat(filepath.Join(filepath.Dir(real), "initdb")); err != nil || missing != nil {
+			continue
+		}
+		if words := strings.Fields(string(out)); major == "" || len(words) > 2 && strings.HasPrefix(words[2]+".", major+".") {
+			return filepath.Dir(real), nil
+		}
+	}
+	if major != "" {
+		return "", fmt.Errorf("the data was made by PostgreSQL %s, whose programs are not installed: install them, or move the folder away: %w", major, errNoPostgres)
+	}
+	return "", errNoPostgres
+}
+
+// A devDB is a running private PostgreSQL.
+type devDB struct {
+	config  pq.Config
+	process *os.Process
+	exited  chan struct{} // closed when it has
+	lock    *os.File
+	socket  string // its directory, if that is a temporary one
+}
+
+// startDevDB starts the PostgreSQL of a folder, making its data first if there are none. settings are
+// for its command line. onExit is called when it ends. It may still be recovering from a crash when
+// startDevDB returns.
+func startDevDB(ctx context.Context, f devFolder, log *slog.Logger, onExit func(error), settings ...string) (db *devDB, err error) {
+	data := filepath.Join(f.path, "data")
+	version, err := os.ReadFile(filepath.Join(data, "PG_VERSION"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	programs, err := findPrograms(strings.TrimSpace(string(version)))
+	if err != nil {
+		return nil, err
+	}
+	db = &devDB{exited: make(chan struct{})}
+	if db.lock, err = lock(filepath.Join(f.path, "lock")); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			_ = db.stop()
+		}
+	}()
+	if version == nil {
+		log.Info("making a private PostgreSQL", "folder", f.path, "programs", programs)
+		if err := f.initialise(ctx, programs, data); err != nil {
+			return nil, err
+		}
+	} else if err := endStale(ctx, data); err != nil {
+		return nil, err
+	}
+	socket := f.path
+	if len(filepath.Join(socket, socketName)) > maxSocketPath {
+		if socket, err = os.MkdirTemp("", "taskflow"); err != nil {
+			return nil, err
+		}
+		db.socket = socket
+		if err := (devFolder{socket, f.account}).prepare(); err != nil {
+			return nil, err
+		}
+	}
+	args := []string{"-D", data, "-k", socket, "-p", "5432", "-c", "listen_addresses=", "-c", "unix_socket_permissions=0700"}
+	for _, setting := range settings {
+		args = append(args, "-c", setting)
+	}
+	logFile, err := os.OpenFile(filepath.Join(f.path, "postgres.log"), os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	defer logFile.Close()
+	command := f.command(filepath.Join(programs, "postgres"), args...)
+	command.Stdout, command.Stderr = logFile, logFile
+	started := make(chan error)
+	go func() {
+		// The kernel sends Pdeathsig when the thread ends that started the process.
+		runtime.LockOSThread()
+		err := command.Start()
+		db.process = command.Process
+		if started <- err; err == nil {
+			err = command.Wait()
+			close(db.exited)
+			onExit(fmt.Errorf("the private PostgreSQL has ended (%v); it says why in %s", err, logFile.Name()))
+		}
+	}()
+	if err = <-started; err != nil {
+		return nil, err
+	}
+	db.awaitSocket(ctx, filepath.Join(socket, socketName))
+	db.config, _, err = parseDatabaseURL("postgres://taskflow@/postgres?host="+strings.ReplaceAll(socket, "%", "%25"), func(string) string { return "" })
+	log.Info("private PostgreSQL started", "folder", f.path, "version", filepath.Base(filepath.Dir(programs)))
+	return db, err
+}
+
+// awaitSocket waits until the server listens, or has ended.
+func (db *devDB) awaitSocket(ctx context.Context, path string) {
+	for ctx.Err() == nil {
+		if conn, err := net.Dial("unix", path); err == nil {
+			_ = conn.Close()
+			return
+		}
+		select {
+		case <-db.exited:
+			return
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}
+
+// initialise makes the data directory: under another name first, so that what has its name is whole.
+func (f devFolder) initialise(ctx context.Context, programs, data string) error {
+	fresh := data + ".new"
+	var out []byte
+	var err error
+	for _, locale := range []string{"C.UTF-8", "C"} { // the first is not known everywhere
+		if err := os.RemoveAll(fresh); err != nil {
+			return err
+		}
+		command := f.command(filepath.Join(programs, "initdb"), "-D", fresh, "-U", "taskflow", "--auth=trust",
+			"--encoding=UTF8", "--locale="+locale, "--no-instructions")
+		if out, err = command.CombinedOutput(); err == nil {
+			return os.Rename(fresh, data)
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+	}
+	return fmt.Errorf("initdb: %w: %s", err, out)
+}
+
+// command is one that runs as the folder's account, without a terminal's signals, and that the kernel
+// ends with this process where it can.
+func (f devFolder) command(program string, args ...string) *exec.Cmd {
+	command := exec.Command(program, args...)
+	command.Dir = f.path
+	command.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Credential: f.account}
+	// Only Linux has this field, and this file is for macOS too.
+	if field := reflect.ValueOf(command.SysProcAttr).Elem().FieldByName("Pdeathsig"); field.IsValid() {
+		field.SetInt(int64(syscall.SIGINT))
+	}
+	return command
+}
+
+// lock takes the file for this process until it ends, however it ends.
+func lock(path string) (*os.File, error) {
+	file, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := syscall.Flock(int(file.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		_ = file.Close()
+		return nil, fmt.Errorf("another taskflow is running with the private PostgreSQL in %s: stop it, or give this one a DATABASE_URL (the other's is 'postgres://taskflow@/postgres?host=%s')",
+			filepath.Dir(path), filepath.Dir(path))
+	}
+	return file, nil
+}
+
+// endStale ends the server that a killed service has left behind, if it still runs. The rest, crash
+// recovery included, PostgreSQL does itself.
+func endStale(ctx context.Context, data string) error {
+	pidFile := filepath.Join(data, "postmaster.pid")
+	text, err := os.ReadFile(pidFile)
+	lines := strings.Split(string(text), "\n") // process, data, start, port, socket directory, …
+	if err != nil || len(lines) < 5 {
+		return nil
+	}
+	pid, err := strconv.Atoi(lines[0])
+	if err != nil || pid <= 1 {
+		return nil
+	}
+	// Only the answering socket shows that the process is that server and not another one of that number.
+	if conn, err := net.Dial("unix", filepath.Join(lines[4], socketName)); err == nil {
+		_ = conn.Close()
+		if err := syscall.Kill(pid, syscall.SIGINT); err != nil {
+			return fmt.Errorf("stopping the PostgreSQL that was left behind (process %d): %w", pid, err)
+		}
+	}
+	for end := time.Now().Add(stopPatience); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		if _, err := os.Stat(pidFile); err != nil || syscall.Kill(pid, 0) == syscall.ESRCH || ctx.Err() != nil {
+			break
+		}
+	}
+	return ctx.Err()
+}
+
+// stop ends the server: it closes its connections, writes what it must, and goes. If it does not, it is made to.
+func (db *devDB) stop() error {
+	for _, signal := range []os.Signal{syscall.SIGINT, syscall.SIGQUIT, syscall.SIGKILL} {
+		if db.process == nil {
+			break
+		}
+		_ = db.process.Signal(signal) // it may have ended by itself
+		select {
+		case <-db.exited:
+			db.process = nil
+		case <-time.After(stopPatience):
+		}
+	}
+	if db.socket != "" {
+		_ = os.RemoveAll(db.socket)
+	}
+	return db.lock.Close()
+}

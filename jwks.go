@@ -1,0 +1,217 @@
+package main
+
+import (
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/elliptic"
+	"crypto/rsa"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/big"
+	"net/http"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/golang-jwt/jwt/v5"
+)
+
+var errJWKSDown = errors.New("the key of a token is unknown and the JWKS endpoint cannot be asked")
+
+const (
+	fetchTimeout  = 3 * time.Second
+	fetchBytes    = 256 << 10
+	fetchInterval = 5 * time.Second // at least, between the starts of two fetches: the endpoint is rate-limited
+	fetchPeriod   = 10 * time.Minute
+	minRSABits    = 2048 // RFC 7518 section 3.3
+)
+
+// asymmetric has the algorithms that Better Auth can sign with (RFC 7518, RFC 8037).
+var asymmetric = map[string]jwt.SigningMethod{
+	"EdDSA": jwt.SigningMethodEdDSA,
+	"ES256": jwt.SigningMethodES256,
+	"ES512": jwt.SigningMethodES512,
+	"RS256": jwt.SigningMethodRS256,
+	"PS256": jwt.SigningMethodPS256,
+}
+
+// A jwk is a public key (RFC 7517) with the algorithms that it may verify.
+type jwk struct {
+	kid        string
+	algorithms []string
+	public     crypto.PublicKey
+}
+
+func (k jwk) verifies(alg string) bool { return slices.Contains(k.algorithms, alg) }
+
+// A jwks is the key set that Better Auth publishes at url. Reading known keys waits for nothing.
+type jwks struct {
+	url    string
+	client *http.Client
+	known  atomic.Pointer[[]jwk]
+
+	mu      sync.Mutex
+	started time.Time     // the last fetch
+	running chan struct{} // closed when the fetch under way ends; nil when there is none
+	failed  bool          // the last fetch
+}
+
+func newJWKS(url string) *jwks {
+	j := &jwks{url: url, client: &http.Client{
+		Timeout:       fetchTimeout,
+		Transport:     &http.Transport{Proxy: http.ProxyFromEnvironment, MaxResponseHeaderBytes: fetchBytes},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}}
+	j.known.Store(&[]jwk{})
+	return j
+}
+
+// refresh fetches the keys now and every fetchPeriod until ctx ends.
+func (j *jwks) refresh(ctx context.Context) {
+	tick := time.NewTicker(fetchPeriod)
+	defer tick.Stop()
+	for ctx.Err() == nil {
+		j.fetchOnce()
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+		}
+	}
+}
+
+// keys returns the keys called kid, none when the JWKS does not list it. For an unknown kid it
+// asks the endpoint, unless it has just been asked, and waits for the answer. It fails with
+// errJWKSDown when that was not to be had.
+func (j *jwks) keys(ctx context.Context, kid string) ([]jwk, error) {
+	if keys := j.lookup(kid); keys != nil {
+		return keys, nil
+	}
+	if running := j.fetchOnce(); running != nil {
+		select {
+		case <-running:
+		case <-ctx.Done():
+			return nil, fmt.Errorf("%w: %w", errJWKSDown, ctx.Err())
+		}
+	}
+	keys := j.lookup(kid)
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if keys == nil && j.failed {
+		return nil, errJWKSDown
+	}
+	return keys, nil
+}
+
+func (j *jwks) lookup(kid string) (keys []jwk) {
+	for _, key := range *j.known.Load() {
+		if key.kid == kid {
+			keys = append(keys, key)
+		}
+	}
+	return keys
+}
+
+// fetchOnce starts a fetch unless one is under way or has started within fetchInterval. It returns a
+// channel that is closed at the end of the fetch under way, nil when there is none.
+func (j *jwks) fetchOnce() <-chan struct{} {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.running != nil || time.Since(j.started) < fetchInterval {
+		return j.running
+	}
+	running := make(chan struct{})
+	j.running, j.started = running, time.Now()
+	go func() {
+		defer close(running)
+		keys, err := j.fetch()
+		if err == nil {
+			j.known.Store(&keys)
+		} else {
+			slog.Warn("fetching the JWKS failed; known keys go on working", "error", err)
+		}
+		j.mu.Lock()
+		defer j.mu.Unlock()
+		j.running, j.failed = nil, err != nil
+	}()
+	return running
+}
+
+// fetch asks the endpoint once. An answer is good when it is a JWKS, be it an empty one; keys in it
+// that this service cannot use are passed over.
+func (j *jwks) fetch() ([]jwk, error) {
+	response, err := j.client.Get(j.url)
+	if err != nil {
+		return nil, err
+	}
+	defer response.Body.Close()
+	if response.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("the endpoint answered %s", response.Status)
+	}
+	body, err := io.ReadAll(io.LimitReader(response.Body, fetchBytes+1))
+	if err != nil {
+		return nil, err
+	}
+	if len(body) > fetchBytes {
+		return nil, fmt.Errorf("the answer is longer than %d bytes", fetchBytes)
+	}
+	var set struct{ Keys []json.RawMessage }
+	if err := json.Unmarshal(body, &set); err != nil || set.Keys == nil {
+		return nil, errors.Join(errors.New("the answer is not a JWKS"), err)
+	}
+	keys := []jwk{}
+	for _, text := range set.Keys {
+		if key, err := parseJWK(text); err == nil {
+			keys = append(keys, key)
+		} else {
+			slog.Warn("a key of the JWKS is passed over", "kid", key.kid, "error", err)
+		}
+	}
+	return keys, nil
+}
+
+// parseJWK reads a public key and binds it to the algorithm that it names, or else to those of its type.
+func parseJWK(text []byte) (jwk, error) {
+	var p struct{ Kid, Kty, Alg, Use, Crv, X, Y, N, E string }
+	if err := json.Unmarshal(text, &p); err != nil {
+		return jwk{}, err
+	}
+	key := jwk{kid: p.Kid}
+	decode := func(text string) []byte {
+		b, _ := base64.RawURLEncoding.DecodeString(text)
+		return b
+	}
+	var err error
+	switch p.Kty + " " + p.Crv {
+	case "OKP Ed25519":
+		key.algorithms = []string{"EdDSA"}
+		if x := decode(p.X); len(x) == ed25519.PublicKeySize {
+			key.public = ed25519.PublicKey(x)
+		}
+	case "EC P-256":
+		key.algorithms = []string{"ES256"}
+		key.public, err = ecdsa.ParseUncompressedPublicKey(elliptic.P256(), slices.Concat([]byte{4}, decode(p.X), decode(p.Y)))
+	case "EC P-521":
+		key.algorithms = []string{"ES512"}
+		key.public, err = ecdsa.ParseUncompressedPublicKey(elliptic.P521(), slices.Concat([]byte{4}, decode(p.X), decode(p.Y)))
+	case "RSA ":
+		key.algorithms = []string{"RS256", "PS256"}
+		n, e := new(big.Int).SetBytes(decode(p.N)), new(big.Int).SetBytes(decode(p.E))
+		if n.BitLen() >= minRSABits && e.IsInt64() && e.Int64() > 2 && e.Int64() < 1<<31 {
+			key.public = &rsa.PublicKey{N: n, E: int(e.Int64())}
+		}
+	}
+	if p.Alg != "" {
+		key.algorithms = slices.DeleteFunc(key.algorithms, func(alg string) bool { return alg != p.Alg })
+	}
+	if err != nil || p.Kid == "" || key.public == nil || len(key.algorithms) == 0 || p.Use == "enc" {
+		return key, errors.Join(errors.New("not a signing key of a known type and algorithm with a kid"), err)
+	}
+	return key, nil
+}

@@ -1,0 +1,332 @@
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"net/http"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"unicode/utf8"
+)
+
+const (
+	maxSearch = 200  // code points
+	maxLimit  = 1000 // tasks on a page that was asked for with limit
+	// A list without limit is read and sent in chunks of at most this many tasks, or bytes.
+	chunkTasks = 1024
+	chunkBytes = 1 << 20
+	// A page with limit goes out whole, up to this many bytes; then it ends early, with a next page.
+	pageBytes = 8 << 20
+)
+
+// A listQuery is what GET .../tasks asks for.
+type listQuery struct {
+	isCompleted *bool
+	search      string // "" for all
+	sortBy      string
+	descending  bool
+	limit       int     // 0 for all
+	after       *keyset // from the cursor
+}
+
+// A keyset is the place of a task in an order: the value it is sorted by, unless that is the id, and the id.
+type keyset struct {
+	value string
+	id    int64
+}
+
+// parameters splits the query of a URL. A name or value whose percent-encoding or UTF-8 is broken is
+// kept as it came, and marked. Of several parameters of one name the last counts.
+func parameters(rawQuery string) map[string]parameter {
+	values := map[string]parameter{}
+	for pair := range strings.SplitSeq(rawQuery, "&") {
+		name, value, _ := strings.Cut(pair, "=")
+		if text, err := url.QueryUnescape(name); err == nil {
+			name = text
+		}
+		text, err := url.QueryUnescape(value)
+		if broken := err != nil || !utf8.ValidString(text); broken {
+			values[name] = parameter{value, true}
+		} else {
+			values[name] = parameter{text, false}
+		}
+	}
+	return values
+}
+
+type parameter struct {
+	text   string
+	broken bool
+}
+
+// listQuery reads the parameters of a list for user, each with its fault if it has one.
+func (v *validation) listQuery(r *http.Request, user string) (q listQuery) {
+	values := parameters(r.URL.RawQuery)
+	// each hands a parameter that is there, and sound, to read.
+	each := func(name string, read func(text string)) {
+		if p, ok := values[name]; ok && p.broken {
+			v.add("value_error", "Value error, the value is not percent-encoded UTF-8", quote(p.text), map[string]any{"error": struct{}{}}, "query", name)
+		} else if ok {
+			read(p.text)
+		}
+	}
+	q.sortBy = "id"
+	each("is_completed", func(text string) {
+		value := text == "true" || text == "1"
+		if q.isCompleted = &value; !value && text != "false" && text != "0" {
+			v.add("bool_parsing", "Input should be a valid boolean, unable to interpret input", quote(text), nil, "query", "is_completed")
+		}
+	})
+	each("search", func(text string) {
+		q.search = text
+		if strings.ContainsRune(text, 0) {
+			v.unstorable(quote(text), "query", "search")
+		} else if utf8.RuneCountInString(text) > maxSearch {
+			v.add("string_too_long", "String should have at most "+plural(maxSearch, "character"), quote(text), map[string]any{"max_length": maxSearch}, "query", "search")
+		}
+	})
+	each("sort_by", func(text string) {
+		q.sortBy = v.oneOf(text, "sort_by", "id", "created_at", "updated_at", "title")
+	})
+	each("order", func(text string) {
+		q.descending = v.oneOf(text, "order", "asc", "desc") == "desc"
+	})
+	each("limit", func(text string) {
+		n, err := strconv.Atoi(text)
+		switch {
+		case err != nil && !errors.Is(err, strconv.ErrRange):
+			v.add("int_parsing", "Input should be a valid integer, unable to parse string as an integer", quote(text), nil, "query", "limit")
+		case n < 1:
+			v.add("greater_than_equal", "Input should be greater than or equal to 1", quote(text), map[string]any{"ge": 1}, "query", "limit")
+		case n > maxLimit:
+			v.add("less_than_equal", "Input should be less than or equal to 1000", quote(text), map[string]any{"le": maxLimit}, "query", "limit")
+		}
+		q.limit = n
+	})
+	each("cursor", func(text string) {
+		if *v != nil {
+			return // of what list it should be is not known
+		}
+		if q.after = q.decodeCursor(user, text); q.after == nil {
+			v.add("value_error", "Value error, the cursor is damaged or belongs to another list: start again without it", quote(text), map[string]any{"error": struct{}{}}, "query", "cursor")
+		}
+	})
+	return q
+}
+
+// oneOf reads one of several words.
+func (v *validation) oneOf(text, name string, words ...string) string {
+	if !slices.Contains(words, text) {
+		last := len(words) - 1
+		expected := "'" + strings.Join(words[:last], "', '") + "' or '" + words[last] + "'"
+		v.add("literal_error", "Input should be "+expected, quote(text), map[string]any{"expected": expected}, "query", name)
+	}
+	return text
+}
+
+// A cursor is unpadded base64url of a checksum and a keyset. The checksum is of all that the keyset
+// means something for: the user, the order, the filter. It keeps out what is damaged or of another
+// list; it need not keep out forgers, since every statement filters by user_id anyway.
+
+func (q listQuery) encodeCursor(user string, k keyset) string {
+	return base64.RawURLEncoding.EncodeToString(append(q.checksum(user, k), strconv.FormatInt(k.id, 10)+" "+k.value...))
+}
+
+func (q listQuery) checksum(user string, k keyset) []byte {
+	text, _ := json.Marshal([]any{user, q.sortBy, q.descending, q.isCompleted, q.search, k.id, k.value})
+	sum := sha256.Sum256(text)
+	return sum[:12]
+}
+
+// decodeCursor returns the place that cursor stands for in this list, or nil.
+func (q listQuery) decodeCursor(user, cursor string) *keyset {
+	b, err := base64.RawURLEncoding.Strict().DecodeString(cursor)
+	if err != nil || len(b) < 12 {
+		return nil
+	}
+	id, value, _ := strings.Cut(string(b[12:]), " ")
+	k := keyset{value: value}
+	k.id, err = strconv.ParseInt(id, 10, 64)
+	valid := map[string]bool{"id": value == "", "title": utf8.ValidString(value) && !strings.ContainsRune(value, 0),
+		"created_at": isRFC3339(value), "updated_at": isRFC3339(value)}
+	if err != nil || !valid[q.sortBy] || q.encodeCursor(user, k) != cursor {
+		return nil
+	}
+	return &k
+}
+
+// place returns the keyset of a task in this list.
+func (q listQuery) place(t task) *keyset {
+	k := keyset{id: t.id}
+	switch q.sortBy {
+	case "title":
+		k.value = t.title
+	case "created_at":
+		k.value = t.createdAt
+	case "updated_at":
+		k.value = t.updatedAt
+	}
+	return &k
+}
+
+func (s *server) listTasks(w *response, r *http.Request, user string) error {
+	var v validation
+	q := v.listQuery(r, user)
+	if v != nil {
+		return v
+	}
+	if q.limit > 0 {
+		chunk, err := s.tasks().chunk(r.Context(), user, q, q.limit, pageBytes, []byte("["))
+		if err != nil {
+			return err
+		}
+		if chunk.more {
+			w.Header().Set("Link", "<"+nextPage(r.URL, q.encodeCursor(user, *chunk.last))+`>; rel="next"`)
+		}
+		return w.json(http.StatusOK, append(chunk.json, ']'))
+	}
+	return s.streamTasks(w, r, user, q)
+}
+
+// nextPage returns the URL, as a path, of the same list from cursor on.
+func nextPage(u *url.URL, cursor string) string {
+	query := []string{}
+	for pair := range strings.SplitSeq(u.RawQuery, "&") {
+		name, value, ok := strings.Cut(pair, "=")
+		if name, err := url.QueryUnescape(name); err == nil && name == "cursor" || pair == "" {
+			continue
+		}
+		pair = reescape(name)
+		if ok {
+			pair += "=" + reescape(value)
+		}
+		query = append(query, pair)
+	}
+	return u.EscapedPath() + "?" + strings.Join(append(query, "cursor="+cursor), "&")
+}
+
+// reescape returns a part of a query with all escaped that a URI wants escaped (RFC 3986).
+func reescape(part string) string {
+	text, err := url.QueryUnescape(part)
+	if err != nil {
+		text = part
+	}
+	return url.QueryEscape(text)
+}
+
+// streamTasks sends a list of any length in chunks. The connection to the database is given back
+// before a chunk goes out. A failure after the first chunk breaks the connection to the client, so
+// that nobody takes a cut list for a whole one.
+func (s *server) streamTasks(w *response, r *http.Request, user string, q listQuery) error {
+	tasks, buffer := chunkTasks, []byte("[")
+	for first := true; ; first = false {
+		chunk, err := s.tasks().chunk(r.Context(), user, q, tasks, chunkBytes, buffer)
+		if err != nil && first {
+			return err
+		}
+		if err != nil {
+			w.cause = err
+			panic(http.ErrAbortHandler)
+		}
+		buffer = chunk.json
+		if !chunk.more {
+			buffer = append(buffer, ']')
+			if first {
+				return w.json(http.StatusOK, buffer)
+			}
+		}
+		if first {
+			w.Header()["Content-Type"] = []string{"application/json"}
+			w.WriteHeader(http.StatusOK)
+		}
+		if _, err := w.Write(buffer); err != nil || !chunk.more || r.Method == http.MethodHead {
+			return nil // a client that went away needs no answer
+		}
+		q.after, tasks, buffer = chunk.last, chunk.next, append(buffer[:0], ',')
+	}
+}
+
+// A chunk is a part of a list.
+type chunk struct {
+	json []byte  // what was given, and the tasks, with commas between them
+	last *keyset // of the last task
+	more bool    // tasks follow
+	next int     // how many tasks to ask for next
+}
+
+// chunk reads up to n tasks of a list in one statement, fewer when they come to maxBytes, and appends them
+// to buffer.
+func (s *store) chunk(ctx context.Context, user string, q listQuery, n, maxBytes int, buffer []byte) (c chunk, err error) {
+	start := len(buffer)
+	query, args := q.statement(user, n+1)
+	err = s.do(ctx, user, true, func(ctx context.Context) error {
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		c = chunk{json: buffer[:start], next: chunkTasks}
+		rows, err := s.db.QueryContext(ctx, query, args...)
+		if err != nil {
+			return err
+		}
+		defer rows.Close()
+		for count := 0; rows.Next(); count++ {
+			if count == n || len(c.json)-start >= maxBytes {
+				// Cancelling costs the connection when much is still to come, but less than reading all that.
+				if c.more = true; count < n {
+					c.next = count
+					cancel()
+					return nil
+				}
+				break
+			}
+			t, err := scanTask(rows, user)
+			if err != nil {
+				return err
+			}
+			if count > 0 {
+				c.json = append(c.json, ',')
+			}
+			c.json = t.appendJSON(c.json)
+			c.last = q.place(t)
+		}
+		return errors.Join(rows.Err(), rows.Close())
+	})
+	return c, err
+}
+
+// statement composes the statement that reads n tasks from q.after on, and its arguments. Only words
+// of this file go into its text.
+func (q listQuery) statement(user string, n int) (string, []any) {
+	args := []any{user}
+	arg := func(value any) string {
+		args = append(args, value)
+		return "$" + strconv.Itoa(len(args))
+	}
+	text := `SELECT ` + taskColumns + ` FROM tasks WHERE user_id = $1`
+	if q.isCompleted != nil {
+		text += ` AND is_completed = ` + arg(*q.isCompleted)
+	}
+	if q.search != "" {
+		pattern := arg("%" + strings.NewReplacer(`\`, `\\`, `%`, `\%`, `_`, `\_`).Replace(q.search) + "%")
+		text += ` AND (title ILIKE ` + pattern + ` OR description ILIKE ` + pattern + `)`
+	}
+	comparison, direction := " > ", ""
+	if q.descending {
+		comparison, direction = " < ", " DESC"
+	}
+	if q.after != nil && q.sortBy == "id" {
+		text += ` AND id` + comparison + arg(q.after.id)
+	} else if q.after != nil {
+		text += ` AND (tasks.` + q.sortBy + `, id)` + comparison + `(` + arg(q.after.value) + `, ` + arg(q.after.id) + `)`
+	}
+	text += ` ORDER BY `
+	if q.sortBy != "id" {
+		text += `tasks.` + q.sortBy + direction + `, `
+	}
+	text += `id` + direction + ` LIMIT ` + arg(n)
+	return text, args // not in one expression: when args is read beside a call that changes it is unspecified
+}

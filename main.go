@@ -1,0 +1,356 @@
+// Taskflow is the backend of a multi-user task list: tasks in PostgreSQL, users by the tokens of
+// Better Auth.
+//
+//	taskflow                     serve, configured by the environment
+//	taskflow token [-ttl 1h] ID  print a token for the user ID (in development)
+//	taskflow healthcheck         ask the running service's /health; exit status 0 or 1
+//	taskflow version             print the version
+//
+// The environment, with defaults; an empty variable is an unset one:
+//
+//	DATABASE_URL          a PostgreSQL URL; in development a private PostgreSQL, started here
+//	BETTER_AUTH_SECRET    HS256 secret of at least 32 bytes; in development generated and kept
+//	BETTER_AUTH_JWKS_URL  Better Auth's JWKS; tokens with other algorithms than HS256
+//	BETTER_AUTH_ISSUER    what iss must be; BETTER_AUTH_AUDIENCE: what aud must have
+//	CORS_ORIGINS          http://localhost:3000; comma-separated
+//	ENVIRONMENT           development; every other value is production
+//	HOST, PORT            loopback in development, else all interfaces; 8000
+//	DB_POOL_SIZE          16 connections to the database
+//	DB_POOL_TIMEOUT       5s; how long a request may wait for the database before its 503
+//
+// Exit status 2 means a bad configuration or command line, 1 a failure to start or to stop.
+// SIGTERM and SIGINT stop it: /ready turns 503, after a second the listener closes, and requests in
+// flight finish. A second signal ends it at once.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"strings"
+	"syscall"
+	"time"
+)
+
+const (
+	demoUser     = "demo"
+	demoTokenTTL = 24 * time.Hour
+
+	headerTimeout = 10 * time.Second
+	headerBytes   = 64 << 10
+	idleTimeout   = 120 * time.Second
+	writeTimeout  = 30 * time.Second // without any progress
+
+	drainTime    = time.Second      // from the signal until the listener closes: balancers need to notice
+	finishTime   = 25 * time.Second // from the signal until requests in flight get a 503
+	abandonTime  = 2 * time.Second  // more, until their connections are cut
+	schemaPeriod = 250 * time.Millisecond
+)
+
+func main() {
+	err := run(context.Background(), os.Args[1:], os.Getenv, os.Stdout, os.Stderr)
+	if err == nil {
+		return
+	}
+	for line := range strings.SplitSeq(err.Error(), "\n") {
+		fmt.Fprintln(os.Stderr, "taskflow:", line)
+	}
+	if errors.As(err, new(configError)) {
+		os.Exit(2)
+	}
+	os.Exit(1)
+}
+
+// run does what args say, until ctx ends or a signal comes. A configError calls for exit status 2.
+func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
+	flags := flag.NewFlagSet("taskflow", flag.ContinueOnError)
+	flags.SetOutput(stderr)
+	ttl := flags.Duration("ttl", time.Hour, "how long the token of `taskflow token` is valid")
+	command := ""
+	if len(args) > 0 && !strings.HasPrefix(args[0], "-") {
+		command, args = args[0], args[1:]
+	}
+	flags.Usage = func() {
+		fmt.Fprintln(stderr, "usage: taskflow | taskflow token [-ttl 1h] USER | taskflow healthcheck | taskflow version")
+	}
+	if err := flags.Parse(args); err != nil {
+		if errors.Is(err, flag.ErrHelp) {
+			return nil
+		}
+		return configError{err}
+	}
+	arguments := map[string]int{"": 0, "token": 1, "healthcheck": 0, "version": 0}
+	if n, ok := arguments[command]; !ok || flags.NArg() != n {
+		flags.Usage()
+		return configError{fmt.Errorf("cannot make sense of the command line")}
+	}
+	if command == "version" {
+		fmt.Fprintln(stdout, version())
+		return nil
+	}
+	cfg, err := parseConfig(getenv)
+	switch {
+	case command == "healthcheck": // where the service runs, its configuration has been judged
+		return healthcheck(ctx, cfg)
+	case err != nil:
+		return err
+	case command == "token":
+		return printToken(cfg, flags.Arg(0), *ttl, stdout)
+	}
+	return serve(ctx, cfg, stdout, stderr)
+}
+
+// version is that of the module, or the commit it was built from.
+func version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	for _, setting := range info.Settings {
+		if setting.Key == "vcs.revision" && info.Main.Version == "(devel)" {
+			return setting.Value[:min(12, len(setting.Value))]
+		}
+	}
+	return info.Main.Version
+}
+
+// authenticator makes what judges tokens from the configuration.
+func (c config) authenticator() (*authenticator, error) {
+	a := &authenticator{secret: []byte(c.secret), issuer: c.issuer, audience: c.audience}
+	if c.secret == "" && c.development {
+		secret, err := developmentSecret()
+		if err != nil {
+			return nil, err
+		}
+		a.secret = secret
+	}
+	if len(a.secret) == 0 {
+		a.secret = nil
+	}
+	if c.jwksURL != "" {
+		a.jwks = newJWKS(c.jwksURL)
+	}
+	return a, nil
+}
+
+// printToken prints a development token alone, so that a shell can take it.
+func printToken(cfg config, user string, ttl time.Duration, stdout io.Writer) error {
+	if !cfg.development {
+		return configError{errors.New("ENVIRONMENT must be development for `taskflow token`: in production tokens come from Better Auth")}
+	}
+	if user == "" || len(user) > maxSubject || ttl <= 0 {
+		return configError{fmt.Errorf("a token needs a user of 1 to %d bytes and a positive -ttl", maxSubject)}
+	}
+	auth, err := cfg.authenticator()
+	if err != nil {
+		return err
+	}
+	token, err := auth.developmentToken(user, ttl)
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintln(stdout, token)
+	return err
+}
+
+// healthcheck asks the service that runs with the same configuration.
+func healthcheck(ctx context.Context, cfg config) error {
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	host := map[string]string{"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}[cfg.host]
+	if host == "" {
+		host = cfg.host
+	}
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+net.JoinHostPort(host, cfg.port)+"/health", nil)
+	if err != nil {
+		return err
+	}
+	response, err := (&http.Transport{}).RoundTrip(request) // no proxy
+	if err != nil {
+		return fmt.Errorf("healthcheck: %w", err)
+	}
+	defer response.Body.Close()
+	if response.StatusCode != http.StatusOK {
+		return fmt.Errorf("healthcheck: /health answered %s", response.Status)
+	}
+	return nil
+}
+
+// serve listens at once, brings up the database behind it, and serves until a signal comes or the
+// database turns out to be one that cannot be used.
+func serve(ctx context.Context, cfg config, stdout, stderr io.Writer) (err error) {
+	signals, stopSignals := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	defer stopSignals()
+	logger := slog.New(slog.NewJSONHandler(stderr, nil))
+	if cfg.development {
+		logger = slog.New(slog.NewTextHandler(stderr, nil))
+	}
+	slog.SetDefault(logger)
+	for _, warning := range cfg.warnings {
+		logger.Warn(warning)
+	}
+	auth, err := cfg.authenticator()
+	if err != nil {
+		return err
+	}
+	s := &server{auth: auth, origins: cfg.origins, log: logger, development: cfg.development}
+
+	// Requests live on after the signal, so their context is not that of the signals.
+	base, abandon := context.WithCancel(context.WithoutCancel(ctx))
+	defer abandon()
+	httpServer := &http.Server{
+		Handler:           s.handler(),
+		ReadHeaderTimeout: headerTimeout,
+		MaxHeaderBytes:    headerBytes,
+		IdleTimeout:       idleTimeout,
+		ErrorLog:          slog.NewLogLogger(logger.Handler(), slog.LevelDebug),
+		BaseContext:       func(net.Listener) context.Context { return base },
+
+		DisableGeneralOptionsHandler: true,
+	}
+	listener, err := new(net.ListenConfig).Listen(signals, "tcp", net.JoinHostPort(cfg.host, cfg.port))
+	if err != nil {
+		return err
+	}
+	failed := make(chan error, 3) // room for all who may report, so that none waits
+	go func() { failed <- httpServer.Serve(patientListener{listener}) }()
+	logger.Info("listening", "address", listener.Addr().String(), "version", version())
+
+	if auth.jwks != nil {
+		go auth.jwks.refresh(base)
+	}
+	database := make(chan struct{}) // closed when bringUp has ended
+	starting, stopStarting := context.WithCancel(signals)
+	var private *devDB
+	go func() {
+		defer close(database)
+		var err error
+		if private, err = s.bringUp(starting, cfg, func(err error) { failed <- err }); err != nil && starting.Err() == nil {
+			failed <- err
+		} else if err == nil && cfg.development {
+			fmt.Fprintln(stdout, pasteLine(auth, listener.Addr().(*net.TCPAddr)))
+		}
+	}()
+
+	select {
+	case <-signals.Done():
+		stopSignals() // a second signal ends the process at once
+		logger.Info("stopping")
+		s.draining.Store(true)
+		err = shutdown(httpServer, abandon, failed)
+	case err = <-failed:
+		_ = httpServer.Close()
+	}
+	stopStarting()
+	<-database
+	if store := s.store.Load(); store != nil {
+		err = errors.Join(err, store.close())
+	}
+	if private != nil {
+		err = errors.Join(err, private.stop())
+	}
+	return err
+}
+
+// bringUp reaches the database, tries again as long as it may help, applies the schema, and gives the
+// server its store. In development without DATABASE_URL it starts a private PostgreSQL.
+func (s *server) bringUp(ctx context.Context, cfg config, failed func(error)) (private *devDB, err error) {
+	if cfg.database == nil {
+		folder, err := openDevFolder()
+		if err != nil {
+			return nil, err
+		}
+		if private, err = startDevDB(ctx, folder, s.log, failed); err != nil {
+			return nil, err
+		}
+		cfg.database = &private.config
+	}
+	store := newStore(*cfg.database, cfg.poolSize, cfg.poolTimeout)
+	for last := ""; ; {
+		err := store.applySchema(ctx)
+		if err == nil {
+			s.store.Store(store)
+			s.log.Info("ready")
+			return private, nil
+		}
+		if isStartupError(err) || ctx.Err() != nil {
+			return private, errors.Join(fmt.Errorf("database: %w", err), store.close())
+		}
+		if text := err.Error(); text != last {
+			s.log.Warn("the database cannot be reached yet; trying again", "error", text)
+			last = text
+		}
+		select {
+		case <-time.After(schemaPeriod):
+		case <-ctx.Done():
+		}
+	}
+}
+
+// shutdown closes the listener after drainTime and waits for the requests in flight; at finishTime it
+// abandons them, which makes them answer 503.
+func shutdown(httpServer *http.Server, abandon func(), failed <-chan error) error {
+	deadline := time.Now().Add(finishTime)
+	select {
+	case <-time.After(drainTime):
+	case err := <-failed:
+		return err
+	}
+	timer := time.AfterFunc(time.Until(deadline), abandon)
+	defer timer.Stop()
+	ctx, cancel := context.WithDeadline(context.Background(), deadline.Add(abandonTime))
+	defer cancel()
+	if err := httpServer.Shutdown(ctx); err != nil {
+		return errors.Join(err, httpServer.Close())
+	}
+	return nil
+}
+
+// pasteLine is a command for a shell that lists the tasks of demoUser.
+func pasteLine(auth *authenticator, address *net.TCPAddr) string {
+	token, err := auth.developmentToken(demoUser, demoTokenTTL)
+	if err != nil {
+		return err.Error()
+	}
+	host := address.IP.String()
+	if address.IP.IsUnspecified() {
+		host = "localhost"
+	}
+	return fmt.Sprintf("curl -H 'Authorization: Bearer %s' http://%s/api/%s/tasks",
+		token, net.JoinHostPort(host, fmt.Sprint(address.Port)), demoUser)
+}
+
+// A patientListener's connections wait for a slow reader as long as it takes something now and then.
+type patientListener struct{ net.Listener }
+
+func (l patientListener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return patientConn{c.(*net.TCPConn)}, nil
+}
+
+type patientConn struct{ *net.TCPConn }
+
+// Write fails when the peer has taken nothing for writeTimeout.
+func (c patientConn) Write(b []byte) (written int, err error) {
+	for {
+		if err := c.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
+			return written, err
+		}
+		n, err := c.TCPConn.Write(b[written:])
+		written += n
+		if n == 0 || written == len(b) || !errors.Is(err, os.ErrDeadlineExceeded) {
+			return written, err
+		}
+	}
+}

@@ -1,0 +1,393 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"mime"
+	"net/http"
+	"net/url"
+	"regexp"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	maxBody     = 1 << 20
+	bodyTimeout = 30 * time.Second
+	// drainBytes of a body are read before an answer that does not need it: an answer to a client
+	// that is still sending would be lost with the connection.
+	drainBytes = 8 << 20
+)
+
+// A server answers HTTP requests. Its store is there once the database is.
+type server struct {
+	auth        *authenticator
+	origins     []string // for CORS
+	log         *slog.Logger
+	development bool
+	demoToken   func() string // for /docs in development
+	store       atomic.Pointer[store]
+	draining    atomic.Bool // since the first signal
+	ready       readiness
+}
+
+var errPanic = errors.New("panic")
+
+// A handler answers a request or returns why not, for fail to answer.
+type handler func(*response, *http.Request) error
+
+type route struct {
+	method, pattern string
+	handler         handler
+}
+
+// routes lists all there is. The handlers under own run only for the owner of the path.
+func (s *server) routes() []route {
+	own := s.auth.own
+	return []route{
+		{"GET", "/health", s.health},
+		{"GET", "/ready", s.readyz},
+		{"GET", "/api/{user_id}/tasks", own(s.listTasks)},
+		{"POST", "/api/{user_id}/tasks", own(s.createTask)},
+		{"GET", "/api/{user_id}/tasks/{task_id}", own(s.task)},
+		{"PATCH", "/api/{user_id}/tasks/{task_id}", own(s.updateTask)},
+		{"DELETE", "/api/{user_id}/tasks/{task_id}", own(s.deleteTask)},
+	}
+}
+
+// handler is the way of a request: log and recover, CORS, route, auth (in own), handler.
+func (s *server) handler() http.Handler { return s.logged(cors(s.origins, s.routed(s.routes()))) }
+
+// routed sends a request to its route. net/http's ServeMux would redirect unclean paths and answer
+// 404 and 405 in plain text.
+func (s *server) routed(routes []route) http.Handler {
+	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		w := rw.(*response)
+		var allow []string
+		for _, route := range routes {
+			if !matches(route.pattern, r) {
+				continue
+			}
+			r.Pattern = route.pattern
+			if route.method == r.Method || route.method == "GET" && r.Method == "HEAD" {
+				if err := route.handler(w, r); err != nil {
+					s.fail(w, r, err)
+				}
+				return
+			}
+			if allow = append(allow, route.method); route.method == "GET" {
+				allow = append(allow, "HEAD")
+			}
+		}
+		if allow == nil {
+			s.fail(w, r, &httpError{http.StatusNotFound, "Not Found"})
+			return
+		}
+		w.Header().Set("Allow", strings.Join(allow, ", "))
+		s.fail(w, r, &httpError{http.StatusMethodNotAllowed, "Method Not Allowed"})
+	})
+}
+
+// matches compares the escaped path with a pattern, segment by segment, and sets the path values. A
+// {name} stands for one segment that is not empty.
+func matches(pattern string, r *http.Request) bool {
+	path := r.URL.EscapedPath()
+	for pattern != "" && path != "" {
+		var want, got string
+		want, pattern = firstSegment(pattern)
+		got, path = firstSegment(path)
+		text, err := url.PathUnescape(got)
+		if name, ok := strings.CutPrefix(want, "/{"); ok && err == nil && len(text) > 1 {
+			r.SetPathValue(strings.TrimSuffix(name, "}"), text[1:])
+		} else if text != want {
+			return false
+		}
+	}
+	return pattern == path
+}
+
+// firstSegment cuts a path before its second slash.
+func firstSegment(path string) (segment, rest string) {
+	if i := strings.IndexByte(path[1:], '/'); i >= 0 {
+		return path[:i+1], path[i+1:]
+	}
+	return path, ""
+}
+
+// A response is the http.ResponseWriter of all handlers: it remembers what the log wants to know.
+type response struct {
+	http.ResponseWriter
+	status int
+	bytes  int64
+	user   string // whom the token names
+	cause  error  // of a 5xx, or of a stream that broke
+}
+
+// Unwrap is for http.ResponseController.
+func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+func (w *response) WriteHeader(status int) {
+	w.status = status
+	w.ResponseWriter.WriteHeader(status)
+}
+
+func (w *response) Write(b []byte) (int, error) {
+	if w.status == 0 {
+		w.status = http.StatusOK
+	}
+	n, err := w.ResponseWriter.Write(b)
+	w.bytes += int64(n)
+	return n, err
+}
+
+// json answers with a whole JSON text.
+func (w *response) json(status int, body []byte) error {
+	w.Header()["Content-Type"] = []string{"application/json"}
+	w.Header()["Content-Length"] = []string{strconv.Itoa(len(body))}
+	w.WriteHeader(status)
+	_, _ = w.Write(body) // whoever has gone away needs no answer
+	return nil
+}
+
+var saneRequestID = regexp.MustCompile(`^[A-Za-z0-9._-]{1,128}$`)
+
+// logged is outermost: it names the request, bounds its body in time, recovers from panics, and
+// writes the log line.
+func (s *server) logged(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		start, w := time.Now(), &response{ResponseWriter: rw}
+		id := r.Header.Get("X-Request-ID")
+		if !saneRequestID.MatchString(id) {
+			id = rand.Text()
+		}
+		h := w.Header()
+		h["X-Request-Id"] = []string{id}
+		h["Cache-Control"] = []string{"private, no-cache"}
+		h["X-Content-Type-Options"] = []string{"nosniff"}
+		if s.draining.Load() {
+			h["Connection"] = []string{"close"}
+		}
+		if r.ContentLength != 0 {
+			_ = http.NewResponseController(rw).SetReadDeadline(start.Add(bodyTimeout))
+		}
+		defer func() {
+			cause := recover()
+			if cause != nil && cause != http.ErrAbortHandler {
+				err := fmt.Errorf("%w: %v", errPanic, cause)
+				if cause = http.ErrAbortHandler; w.status == 0 {
+					s.fail(w, r, err)
+					cause = nil
+				}
+				w.cause = fmt.Errorf("%w\n%s", err, debug.Stack())
+			}
+			s.logRequest(w, r, id, time.Since(start))
+			if cause != nil {
+				panic(cause) // breaks the connection
+			}
+		}()
+		next.ServeHTTP(w, r)
+	})
+}
+
+// logRequest writes the one line about a request. A bug is an error, an outage a warning.
+func (s *server) logRequest(w *response, r *http.Request, id string, took time.Duration) {
+	level := slog.LevelInfo
+	attrs := []slog.Attr{
+		slog.String("method", r.Method), slog.String("route", r.Pattern), slog.Int("status", w.status),
+		slog.Float64("duration_ms", float64(took.Microseconds())/1000), slog.Int64("bytes", w.bytes),
+		slog.String("user", w.user), slog.String("remote", r.RemoteAddr), slog.String("request_id", id),
+	}
+	if w.cause != nil {
+		attrs = append(attrs, slog.String("error", w.cause.Error()))
+		if level = slog.LevelWarn; w.status != http.StatusServiceUnavailable && r.Context().Err() == nil {
+			level = slog.LevelError
+		}
+	}
+	s.log.LogAttrs(context.Background(), level, "request", attrs...)
+}
+
+// An httpError is an answer that says all there is to say.
+type httpError struct {
+	status int
+	detail string
+}
+
+func (e *httpError) Error() string { return e.detail }
+
+// fail answers with an error: the only place where one becomes a response. What clients are told is
+// fixed; the cause of a 5xx goes to the log.
+func (s *server) fail(w *response, r *http.Request, err error) {
+	var public *httpError
+	var faults validation
+	status, detail := http.StatusInternalServerError, any("Internal server error")
+	h := w.Header()
+	switch {
+	case errors.As(err, &public):
+		status, detail = public.status, public.detail
+	case errors.As(err, &faults):
+		status, detail = http.StatusUnprocessableEntity, faults
+	case errors.Is(err, errNotFound):
+		status, detail = http.StatusNotFound, "Task not found"
+	case errors.Is(err, errModified):
+		status, detail = http.StatusPreconditionFailed, "Task has been modified"
+	case errors.Is(err, errNoBearer):
+		status, detail = http.StatusUnauthorized, "Invalid authorization header"
+	case errors.Is(err, errInvalidToken):
+		status, detail = http.StatusUnauthorized, "Invalid token"
+	case errors.Is(err, errExpiredToken):
+		status, detail = http.StatusUnauthorized, "Token expired"
+	case !isBug(err): // all that is left comes from the database, or the JWKS
+		status, detail = http.StatusServiceUnavailable, "Service temporarily unavailable"
+		h.Set("Retry-After", "1")
+		w.cause = err
+	default:
+		if w.cause = err; s.development {
+			detail = fmt.Sprintf("Internal server error: %v", err)
+		}
+	}
+	if status == http.StatusUnauthorized {
+		h.Set("WWW-Authenticate", "Bearer")
+	}
+	if r.ContentLength != 0 && r.Header.Get("Expect") == "" {
+		_, _ = io.CopyN(io.Discard, r.Body, drainBytes)
+	}
+	body := bytes.NewBuffer(make([]byte, 0, 256))
+	encoder := json.NewEncoder(body)
+	encoder.SetEscapeHTML(false)
+	if err := encoder.Encode(map[string]any{"detail": detail}); err != nil {
+		panic(err)
+	}
+	_ = w.json(status, bytes.TrimSuffix(body.Bytes(), []byte("\n")))
+}
+
+// A validation collects the faults of a request, in Pydantic's shape and words.
+type validation []fault
+
+type fault struct {
+	Type  string          `json:"type"`
+	Loc   []any           `json:"loc"`
+	Msg   string          `json:"msg"`
+	Input json.RawMessage `json:"input"`
+	Ctx   map[string]any  `json:"ctx,omitempty"`
+}
+
+func (v validation) Error() string { return fmt.Sprintf("%d faults in the request", len(v)) }
+
+// add adds a fault. input is the JSON text of what was given.
+func (v *validation) add(kind, msg string, input []byte, ctx map[string]any, loc ...any) {
+	*v = append(*v, fault{kind, loc, msg, input, ctx})
+}
+
+// unstorable adds the fault of a text that PostgreSQL has no room for.
+func (v *validation) unstorable(input []byte, loc ...any) {
+	v.add("value_error", "Value error, text must not contain U+0000 or lone surrogates", input, map[string]any{"error": struct{}{}}, loc...)
+}
+
+// quote returns text as JSON.
+func quote(text string) []byte {
+	b, _ := json.Marshal(text)
+	return b
+}
+
+// readBody reads the body of a POST or PATCH as JSON. Its value is empty when the body is.
+func readBody(w *response, r *http.Request) (jsonValue, error) {
+	tooLarge := &httpError{http.StatusRequestEntityTooLarge, "Request body too large"}
+	if r.ContentLength > maxBody {
+		return jsonValue{}, tooLarge
+	}
+	control := http.NewResponseController(w)
+	stop := context.AfterFunc(r.Context(), func() { _ = control.SetReadDeadline(time.Now()) })
+	defer stop()
+	text := bytes.NewBuffer(make([]byte, 0, max(r.ContentLength, 0)+bytes.MinRead))
+	_, err := text.ReadFrom(io.LimitReader(r.Body, maxBody+1))
+	switch {
+	case text.Len() > maxBody:
+		return jsonValue{}, tooLarge
+	case r.Context().Err() != nil:
+		return jsonValue{}, fmt.Errorf("reading the body: %w", context.Cause(r.Context()))
+	case err != nil:
+		w.Header()["Connection"] = []string{"close"}
+		return jsonValue{}, &httpError{http.StatusBadRequest, "Request body incomplete or too slow: " + strconv.Itoa(text.Len()) + " bytes arrived"}
+	}
+	_ = control.SetReadDeadline(time.Time{})
+	if types, ok := r.Header["Content-Type"]; ok && !isJSON(types) {
+		return jsonValue{}, &httpError{http.StatusUnsupportedMediaType, "Unsupported media type"}
+	}
+	if text.Len() == 0 {
+		return jsonValue{}, nil
+	}
+	body, err := parseJSON(text.Bytes())
+	if fault := (*jsonError)(nil); errors.As(err, &fault) {
+		var v validation
+		v.add("json_invalid", "JSON decode error", []byte("{}"), map[string]any{"error": fault.msg}, "body", fault.offset)
+		return jsonValue{}, v
+	}
+	return body, nil
+}
+
+// isJSON reports whether a Content-Type is application/json or anything/anything+json.
+func isJSON(lines []string) bool {
+	media, _, err := mime.ParseMediaType(lines[0])
+	kind, subtype, ok := strings.Cut(media, "/")
+	return len(lines) == 1 && err == nil && ok && kind != "" && (media == "application/json" || len(subtype) > 5 && strings.HasSuffix(subtype, "+json"))
+}
+
+func (s *server) health(w *response, _ *http.Request) error {
+	return w.json(http.StatusOK, []byte(`{"status":"healthy"}`))
+}
+
+// readyz tells whether to send requests here.
+func (s *server) readyz(w *response, r *http.Request) error {
+	if s.draining.Load() {
+		return fmt.Errorf("%w: shutting down", errUnavailable)
+	}
+	if err := s.ready.check(r.Context(), s.tasks()); err != nil {
+		return err
+	}
+	return w.json(http.StatusOK, []byte(`{"status":"ready"}`))
+}
+
+// tasks returns the store, nil as long as the database has not been reached.
+func (s *server) tasks() *store { return s.store.Load() }
+
+// readiness remembers what the database said last, for readyPeriod.
+type readiness struct {
+	mu   sync.Mutex
+	next time.Time
+	err  error
+}
+
+const (
+	readyPeriod  = 500 * time.Millisecond
+	readyTimeout = 2 * time.Second
+)
+
+// check asks the database, at most once in readyPeriod, whether it answers and has the schema.
+func (c *readiness) check(ctx context.Context, s *store) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if time.Now().Before(c.next) {
+		return c.err
+	}
+	if s == nil {
+		return fmt.Errorf("%w: not connected yet", errUnavailable)
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), min(readyTimeout, s.timeout))
+	defer cancel()
+	c.next = time.Now().Add(readyPeriod)
+	applied, err := s.schemaApplied(ctx)
+	if c.err = err; err == nil && !applied {
+		c.err = fmt.Errorf("%w: the schema is not in place", errUnavailable)
+	}
+	return c.err
+}

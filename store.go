@@ -1,0 +1,290 @@
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"database/sql"
+	"database/sql/driver"
+	_ "embed"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/lib/pq"
+)
+
+//go:embed schema.sql
+var schema string
+
+var (
+	errNotFound    = errors.New("no such task")
+	errModified    = errors.New("the task does not match the precondition")
+	errKeyReused   = errors.New("the idempotency key belongs to another body")
+	errUnavailable = errors.New("database not available")
+)
+
+// A store holds the tasks in PostgreSQL. Each method runs one statement, which is sent once unless
+// repeating it is harmless, within the store's time limit. The owner is its first argument and first
+// condition. A method fails with errNotFound and the like, or with an error of the database.
+type store struct {
+	db      *sql.DB
+	probe   *sql.DB // one connection of its own for readiness and schema
+	timeout time.Duration
+	users   fairness
+}
+
+// newStore makes a store without connecting. size is the number of connections that requests share;
+// timeout is how long a request may wait for the database, connecting and waiting included.
+func newStore(cfg pq.Config, size int, timeout time.Duration) *store {
+	db := sql.OpenDB(newConnector(cfg, timeout))
+	db.SetMaxOpenConns(size)
+	db.SetMaxIdleConns(size)
+	db.SetConnMaxIdleTime(5 * time.Minute)
+	db.SetConnMaxLifetime(time.Hour)
+	probe := sql.OpenDB(newConnector(cfg, timeout))
+	probe.SetMaxOpenConns(1)
+	return &store{db: db, probe: probe, timeout: timeout, users: fairness{limit: max(1, size/2), held: map[string]*held{}}}
+}
+
+func (s *store) close() error { return errors.Join(s.db.Close(), s.probe.Close()) }
+
+// schemaApplied asks the database whether schema.sql has been applied in full.
+func (s *store) schemaApplied(ctx context.Context) (applied bool, err error) {
+	const query = `SELECT to_regclass('tasks_user_id_idempotency_key_idx') IS NOT NULL`
+	err = s.probe.QueryRowContext(ctx, query).Scan(&applied)
+	return applied, err
+}
+
+// applySchema brings the database to schema.sql where it is not there yet. It may wait for another
+// replica that does the same.
+func (s *store) applySchema(ctx context.Context) error {
+	asking, cancel := context.WithTimeout(ctx, s.timeout)
+	defer cancel()
+	applied, err := s.schemaApplied(asking)
+	if err != nil || applied {
+		return err
+	}
+	_, err = s.probe.ExecContext(ctx, schema)
+	return err
+}
+
+// do runs f, which sends one statement, for a user: within the time limit, in the user's turn, and
+// again after a failure that left nothing behind. repeatable says that f is harmless to repeat even
+// when nobody knows whether it took effect. A nil store has not reached its database yet.
+func (s *store) do(ctx context.Context, user string, repeatable bool, f func(context.Context) error) error {
+	if s == nil {
+		return fmt.Errorf("%w: not connected yet", errUnavailable)
+	}
+	ctx, cancel := context.WithTimeout(ctx, s.timeout)
+	defer cancel()
+	done, err := s.users.enter(ctx, user)
+	if err != nil {
+		return fmt.Errorf("%w: the user's other requests take all of their share: %w", errUnavailable, err)
+	}
+	defer done()
+	for wait := time.Duration(0); ; wait = min(2*wait+10*time.Millisecond, 250*time.Millisecond) {
+		if err = f(ctx); err == nil || !harmless(err) && !(repeatable && inDoubt(err)) {
+			return err
+		}
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+			return fmt.Errorf("%w: %w", errUnavailable, err)
+		}
+	}
+}
+
+// harmless reports a failure that left no trace of the statement: it was not sent, or rolled back.
+func harmless(err error) bool {
+	var unsent connectError
+	return errors.As(err, &unsent) || errors.Is(err, driver.ErrBadConn) ||
+		// serialization_failure, deadlock_detected, read_only_sql_transaction
+		pq.As(err, "40001", "40P01", "25006") != nil
+}
+
+// inDoubt reports a failure after which the statement may have taken effect.
+func inDoubt(err error) bool {
+	if e := pq.As(err); e != nil { // connection exception (a pooler's words), operator intervention
+		return e.Code.Class() == "08" || e.Code.Class() == "57" && e.Code != "57014"
+	}
+	return errors.Is(err, errInDoubt)
+}
+
+// isBug reports an error that says something about this program rather than about the state of the
+// database: a panic, bad data, a broken constraint, a wrong statement.
+func isBug(err error) bool {
+	if errors.Is(err, errPanic) {
+		return true
+	}
+	e := pq.As(err)
+	if e == nil || e.Code == "42P01" || e.Code == "42501" { // undefined_table, insufficient_privilege
+		return false
+	}
+	class := e.Code.Class()
+	return class == "22" || class == "23" || class == "42"
+}
+
+// taskColumns is what scanTask reads. Times travel as text: that costs half of parsing them.
+const taskColumns = `id, title, description, is_completed, created_at::text, updated_at::text`
+
+func scanTask(row interface{ Scan(...any) error }, user string) (task, error) {
+	t := task{userID: user}
+	err := row.Scan(&t.id, &t.title, &t.description, &t.isCompleted, &t.createdAt, &t.updatedAt)
+	t.createdAt, t.updatedAt = rfc3339(t.createdAt), rfc3339(t.updatedAt)
+	if errors.Is(err, sql.ErrNoRows) {
+		err = errNotFound
+	}
+	return t, err
+}
+
+// rfc3339 turns "2026-11-23 04:05:06.7+00", as PostgreSQL prints a time in UTC, into RFC 3339 with
+// six decimals.
+func rfc3339(text string) string {
+	date, clock, ok := strings.Cut(strings.TrimSuffix(text, "+00"), " ")
+	if !ok {
+		return text // infinity
+	}
+	seconds, fraction, _ := strings.Cut(clock, ".")
+	return date + "T" + seconds + "." + (fraction + "000000")[:6] + "Z"
+}
+
+// task returns one task.
+func (s *store) task(ctx context.Context, user string, id int64) (t task, err error) {
+	const query = `SELECT ` + taskColumns + ` FROM tasks WHERE user_id = $1 AND id = $2`
+	err = s.do(ctx, user, true, func(ctx context.Context) error {
+		t, err = scanTask(s.db.QueryRowContext(ctx, query, user, id), user)
+		return err
+	})
+	return t, err
+}
+
+// createTask makes a task. With a key it makes one at most once: a repeat with the same title and
+// description returns the task as it is now, one with others fails with errKeyReused.
+func (s *store) createTask(ctx context.Context, user, key string, in taskInput) (t task, err error) {
+	const insert = `INSERT INTO tasks (user_id, title, description) VALUES ($1, $2, $3) RETURNING ` + taskColumns
+	// The update changes nothing: it makes the statement see, lock and return the earlier row, which
+	// DO NOTHING would not.
+	const insertOnce = `INSERT INTO tasks (user_id, title, description, idempotency_key, idempotency_hash)
+		VALUES ($1, $2, $3, $4, $5)
+		ON CONFLICT (user_id, idempotency_key) WHERE idempotency_key IS NOT NULL
+		DO UPDATE SET idempotency_key = excluded.idempotency_key
+		WHERE tasks.idempotency_hash = excluded.idempotency_hash RETURNING ` + taskColumns
+	query, args := insert, []any{user, in.title, in.description}
+	if key != "" {
+		query, args = insertOnce, append(args, key, in.hash())
+	}
+	err = s.do(ctx, user, key != "", func(ctx context.Context) error {
+		t, err = scanTask(s.db.QueryRowContext(ctx, query, args...), user)
+		return err
+	})
+	if err == errNotFound {
+		err = errKeyReused
+	}
+	return t, err
+}
+
+// hash identifies the body of a POST: equal for equal titles and descriptions.
+func (in taskInput) hash() []byte {
+	text := *in.title
+	if in.description != nil {
+		text += "\x00" + *in.description // no title has a NUL
+	}
+	sum := sha256.Sum256([]byte(text))
+	return sum[:]
+}
+
+// updateTask changes what in has, in one atomic statement, if the task matches; it fails with
+// errModified when it exists and does not.
+func (s *store) updateTask(ctx context.Context, user string, id int64, match precondition, in taskInput) (t task, err error) {
+	// The time moves on if and only if a value does, and always forward.
+	const query = `UPDATE tasks SET title = coalesce($4, title),
+			description = CASE WHEN $5 THEN $6 ELSE description END,
+			is_completed = coalesce($7, is_completed),
+			updated_at = CASE WHEN (coalesce($4, title), CASE WHEN $5 THEN $6 ELSE description END, coalesce($7, is_completed))
+				IS DISTINCT FROM (title, description, is_completed)
+				THEN greatest(now(), updated_at + interval '1 microsecond') ELSE updated_at END
+		WHERE user_id = $1 AND id = $2 AND ($3::timestamptz[] IS NULL OR updated_at = ANY ($3::timestamptz[]))
+		RETURNING ` + taskColumns
+	err = s.conditional(ctx, user, id, match, func(ctx context.Context) error {
+		t, err = scanTask(s.db.QueryRowContext(ctx, query, user, id, match.times(),
+			in.title, in.hasDescription, in.description, in.isCompleted), user)
+		return err
+	})
+	return t, err
+}
+
+// deleteTask deletes a task if it matches; it fails with errModified when it exists and does not.
+func (s *store) deleteTask(ctx context.Context, user string, id int64, match precondition) error {
+	const query = `DELETE FROM tasks
+		WHERE user_id = $1 AND id = $2 AND ($3::timestamptz[] IS NULL OR updated_at = ANY ($3::timestamptz[]))`
+	return s.conditional(ctx, user, id, match, func(ctx context.Context) error {
+		result, err := s.db.ExecContext(ctx, query, user, id, match.times())
+		if err != nil {
+			return err
+		}
+		if n, err := result.RowsAffected(); n > 0 || err != nil {
+			return err
+		}
+		return errNotFound
+	})
+}
+
+// conditional runs a write that finds no row either because there is no task or because it does not
+// match, and tells the two apart. The write itself has decided; this only finds the words.
+func (s *store) conditional(ctx context.Context, user string, id int64, match precondition, write func(context.Context) error) error {
+	const query = `SELECT FROM tasks WHERE user_id = $1 AND id = $2`
+	return s.do(ctx, user, false, func(ctx context.Context) error {
+		err := write(ctx)
+		if err != errNotFound || match.times() == nil {
+			return err
+		}
+		switch err := s.db.QueryRowContext(ctx, query, user, id).Scan(); {
+		case errors.Is(err, sql.ErrNoRows):
+			return errNotFound
+		case err != nil:
+			return err
+		}
+		return errModified
+	})
+}
+
+// fairness bounds how many statements one user can have under way, so that nobody's flood takes the
+// whole pool from the others. What is beyond waits.
+type fairness struct {
+	limit int
+	mu    sync.Mutex
+	held  map[string]*held // users with statements under way or waiting
+}
+
+type held struct {
+	places chan struct{}
+	users  int // of this entry: under way and waiting
+}
+
+// enter waits for a place for user, until ctx ends. The function it returns gives the place back.
+func (f *fairness) enter(ctx context.Context, user string) (leave func(), err error) {
+	f.mu.Lock()
+	h := f.held[user]
+	if h == nil {
+		h = &held{places: make(chan struct{}, f.limit)}
+		f.held[user] = h
+	}
+	h.users++
+	f.mu.Unlock()
+	forget := func() {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		if h.users--; h.users == 0 {
+			delete(f.held, user)
+		}
+	}
+	select {
+	case h.places <- struct{}{}:
+		return func() { <-h.places; forget() }, nil
+	case <-ctx.Done():
+		forget()
+		return nil, ctx.Err()
+	}
+}

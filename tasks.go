@@ -1,0 +1,281 @@
+package main
+
+import (
+	"fmt"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+	"unicode/utf8"
+)
+
+const maxTitle = 200 // code points
+
+// A task as the API shows it. Its times are RFC 3339 texts.
+type task struct {
+	id                   int64
+	userID               string
+	title                string
+	description          *string
+	isCompleted          bool
+	createdAt, updatedAt string
+}
+
+// appendJSON appends the task as JSON.
+func (t *task) appendJSON(b []byte) []byte {
+	b = strconv.AppendInt(append(b, `{"id":`...), t.id, 10)
+	b = appendJSONString(append(b, `,"user_id":`...), t.userID)
+	b = appendJSONString(append(b, `,"title":`...), t.title)
+	b = append(b, `,"description":`...)
+	if t.description == nil {
+		b = append(b, `null`...)
+	} else {
+		b = appendJSONString(b, *t.description)
+	}
+	b = strconv.AppendBool(append(b, `,"is_completed":`...), t.isCompleted)
+	b = append(append(b, `,"created_at":"`...), t.createdAt...)
+	b = append(append(b, `","updated_at":"`...), t.updatedAt...)
+	return append(b, `"}`...)
+}
+
+// etag returns the task's entity tag (RFC 9110 section 8.8.3). updated_at moves with every change, so
+// it is a strong one.
+func (t *task) etag() string { return `"` + t.updatedAt + `"` }
+
+// write answers with the task.
+func (t *task) write(w *response, status int) error {
+	w.Header()["Etag"] = []string{t.etag()}
+	return w.json(status, t.appendJSON(make([]byte, 0, 512)))
+}
+
+// A taskInput is the body of a POST or PATCH: what is nil is not there, except description, which
+// hasDescription tells.
+type taskInput struct {
+	title          *string
+	description    *string
+	hasDescription bool
+	isCompleted    *bool
+}
+
+// taskInput reads the members that a POST (create) or PATCH knows from the body, in field order.
+func (v *validation) taskInput(body jsonValue, create bool) (in taskInput) {
+	if string(body.raw) == "null" || body.raw == nil {
+		v.add("missing", "Field required", []byte("null"), nil, "body")
+		return in
+	}
+	if !body.isObject() {
+		v.add("model_attributes_type", "Input should be a valid dictionary or object to extract fields from", body.raw, nil, "body")
+		return in
+	}
+	if raw, n := body.member("title"); n > 0 {
+		in.title = v.text(raw, "title", 1, maxTitle)
+	} else if create {
+		v.add("missing", "Field required", body.raw, nil, "body", "title")
+	}
+	if raw, n := body.member("description"); n > 0 {
+		in.hasDescription = true
+		if string(raw) != "null" {
+			in.description = v.text(raw, "description", 0, maxBody)
+		}
+	}
+	if raw, n := body.member("is_completed"); n > 0 && !create {
+		value := string(raw) == "true"
+		if in.isCompleted = &value; !value && string(raw) != "false" {
+			v.add("bool_type", "Input should be a valid boolean", raw, nil, "body", "is_completed")
+		}
+	}
+	return in
+}
+
+// text reads a string of lower to upper code points from the body.
+func (v *validation) text(raw []byte, name string, lower, upper int) *string {
+	if raw[0] != '"' {
+		v.add("string_type", "Input should be a valid string", raw, nil, "body", name)
+		return nil
+	}
+	text, storable := jsonText(raw)
+	switch n := utf8.RuneCountInString(text); {
+	case !storable:
+		v.unstorable(raw, "body", name)
+	case n < lower:
+		v.add("string_too_short", "String should have at least "+plural(lower, "character"), raw, map[string]any{"min_length": lower}, "body", name)
+	case n > upper:
+		v.add("string_too_long", "String should have at most "+plural(upper, "character"), raw, map[string]any{"max_length": upper}, "body", name)
+	}
+	return &text
+}
+
+// taskID reads the path's task_id. A number beyond int64 becomes the nearest one: no task has it.
+func (v *validation) taskID(r *http.Request) int64 {
+	text := r.PathValue("task_id")
+	digits := strings.TrimPrefix(strings.TrimPrefix(text, "-"), "+")
+	if len(text)-len(digits) > 1 || digits == "" || strings.Trim(digits, "0123456789") != "" {
+		v.add("int_parsing", "Input should be a valid integer, unable to parse string as an integer", quote(text), nil, "path", "task_id")
+	}
+	id, _ := strconv.ParseInt(text, 10, 64)
+	return id
+}
+
+// idempotencyKey reads the header of that name, "" when there is none.
+func (v *validation) idempotencyKey(r *http.Request) string {
+	lines, ok := r.Header["Idempotency-Key"]
+	if !ok {
+		return ""
+	}
+	key := strings.Join(lines, ", ")
+	visible := strings.IndexFunc(key, func(c rune) bool { return c <= ' ' || c > '~' }) < 0
+	if len(lines) > 1 || !visible || len(key) < 1 || len(key) > 255 {
+		const pattern = "^[!-~]{1,255}$"
+		v.add("string_pattern_mismatch", "String should match pattern '"+pattern+"'", quote(key), map[string]any{"pattern": pattern}, "header", "Idempotency-Key")
+	}
+	return key
+}
+
+func (s *server) createTask(w *response, r *http.Request, user string) error {
+	body, err := readBody(w, r)
+	if err != nil {
+		return err
+	}
+	var v validation
+	key := v.idempotencyKey(r)
+	in := v.taskInput(body, true)
+	if v != nil {
+		return v
+	}
+	t, err := s.tasks().createTask(r.Context(), user, key, in)
+	if err == errKeyReused {
+		v.add("value_error", "Value error, this key was used with another title or description", quote(key), map[string]any{"error": struct{}{}}, "header", "Idempotency-Key")
+		return v
+	}
+	if err != nil {
+		return err
+	}
+	w.Header().Set("Location", fmt.Sprintf("/api/%s/tasks/%d", url.PathEscape(user), t.id))
+	return t.write(w, http.StatusCreated)
+}
+
+func (s *server) task(w *response, r *http.Request, user string) error {
+	var v validation
+	id := v.taskID(r)
+	if v != nil {
+		return v
+	}
+	t, err := s.tasks().task(r.Context(), user, id)
+	if err != nil {
+		return err
+	}
+	if ifNoneMatch := r.Header["If-None-Match"]; ifNoneMatch != nil && parsePrecondition(ifNoneMatch).weakly(t.etag()) {
+		w.Header()["Etag"] = []string{t.etag()}
+		w.WriteHeader(http.StatusNotModified)
+		return nil
+	}
+	return t.write(w, http.StatusOK)
+}
+
+func (s *server) updateTask(w *response, r *http.Request, user string) error {
+	body, err := readBody(w, r)
+	if err != nil {
+		return err
+	}
+	var v validation
+	id := v.taskID(r)
+	in := v.taskInput(body, false)
+	if v != nil {
+		return v
+	}
+	t, err := s.tasks().updateTask(r.Context(), user, id, parsePrecondition(r.Header["If-Match"]), in)
+	if err != nil {
+		return err
+	}
+	return t.write(w, http.StatusOK)
+}
+
+func (s *server) deleteTask(w *response, r *http.Request, user string) error {
+	var v validation
+	id := v.taskID(r)
+	if v != nil {
+		return v
+	}
+	if err := s.tasks().deleteTask(r.Context(), user, id, parsePrecondition(r.Header["If-Match"])); err != nil {
+		return err
+	}
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+// A precondition is the value of If-Match or If-None-Match (RFC 9110 section 13.1).
+type precondition struct {
+	present bool
+	any     bool // *
+	tags    []entityTag
+}
+
+type entityTag struct {
+	weak bool
+	text string // with its quotes
+}
+
+// parsePrecondition reads the lines of such a header as one list. From where it is malformed on, it
+// has no more entity tags.
+func parsePrecondition(lines []string) precondition {
+	list := strings.Trim(strings.Join(lines, ","), " \t")
+	p := precondition{present: lines != nil, any: list == "*"}
+	for {
+		list = strings.TrimLeft(list, ", \t")
+		text, weak := strings.CutPrefix(list, "W/")
+		if !strings.HasPrefix(text, `"`) {
+			return p
+		}
+		end := strings.IndexByte(text[1:], '"') + 2
+		if end == 1 || strings.ContainsFunc(text[:end], func(c rune) bool { return c <= ' ' || c == 0x7f }) {
+			return p
+		}
+		p.tags = append(p.tags, entityTag{weak, text[:end]})
+		list = strings.TrimLeft(text[end:], " \t")
+		if !strings.HasPrefix(list, ",") {
+			return p
+		}
+	}
+}
+
+// weakly compares as If-None-Match does, where W/ makes no difference.
+func (p precondition) weakly(etag string) bool {
+	for _, tag := range p.tags {
+		if tag.text == etag {
+			return true
+		}
+	}
+	return p.any
+}
+
+// times returns the values of updated_at that If-Match allows, as a PostgreSQL array, or nil when it
+// allows all. A weak tag never matches strongly, nor does one that is not a task's.
+func (p precondition) times() *string {
+	if !p.present || p.any {
+		return nil
+	}
+	var times []string
+	for _, tag := range p.tags {
+		text := strings.Trim(tag.text, `"`)
+		if isRFC3339(text) && !tag.weak {
+			times = append(times, text)
+		}
+	}
+	list := "{" + strings.Join(times, ",") + "}"
+	return &list
+}
+
+// isRFC3339 reports whether text is a time just as rfc3339 writes it.
+func isRFC3339(text string) bool {
+	const layout = "2006-01-02T15:04:05.000000Z"
+	t, err := time.Parse(layout, text)
+	return err == nil && t.Format(layout) == text && t.Year() > 0
+}
+
+func plural(n int, noun string) string {
+	if n == 1 {
+		return "1 " + noun
+	}
+	return strconv.Itoa(n) + " " + noun + "s"
+}
