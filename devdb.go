@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"net"
+	"net/url"
 	"os"
 	"os/exec"
 	"os/user"
@@ -195,8 +196,7 @@ type devDB struct {
 }
 
 // startDevDB starts the PostgreSQL of a folder, making its data first if there are none. settings are
-// for its command line. onExit is called when it ends. It may still be recovering from a crash when
-// startDevDB returns.
+// for its command line. onExit is called when it ends.
 func startDevDB(ctx context.Context, f devFolder, log *slog.Logger, onExit func(error), settings ...string) (db *devDB, err error) {
 	data := filepath.Join(f.path, "data")
 	version, err := os.ReadFile(filepath.Join(data, "PG_VERSION"))
@@ -260,16 +260,20 @@ func startDevDB(ctx context.Context, f devFolder, log *slog.Logger, onExit func(
 	if err = <-started; err != nil {
 		return nil, err
 	}
-	db.awaitSocket(ctx, filepath.Join(socket, socketName))
-	db.config, _, err = parseDatabaseURL("postgres://taskflow@/postgres?host="+strings.ReplaceAll(socket, "%", "%25"), func(string) string { return "" })
-	log.Info("private PostgreSQL started", "folder", f.path, "version", filepath.Base(filepath.Dir(programs)))
-	return db, err
+	db.config, _, err = parseDatabaseURL("postgres://taskflow@/postgres?host="+url.PathEscape(socket), func(string) string { return "" })
+	if err != nil {
+		return nil, err
+	}
+	db.await(ctx)
+	log.Info("private PostgreSQL started", "folder", f.path, "programs", programs)
+	return db, nil
 }
 
-// awaitSocket waits until the server listens, or has ended.
-func (db *devDB) awaitSocket(ctx context.Context, path string) {
+// await waits until the server takes connections, or has ended.
+func (db *devDB) await(ctx context.Context) {
+	connector := newConnector(db.config, stopPatience)
 	for ctx.Err() == nil {
-		if conn, err := net.Dial("unix", path); err == nil {
+		if conn, err := connector.Connect(ctx); err == nil {
 			_ = conn.Close()
 			return
 		}
