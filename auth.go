@@ -163,7 +163,8 @@ func claimText(v jsonValue, name string) (string, bool) {
 func claimTime(v jsonValue, name string) (float64, bool) {
 	raw, n := v.member(name)
 	seconds, err := strconv.ParseFloat(string(raw), 64)
-	return seconds, n == 1 && err == nil && math.Abs(seconds) <= 1<<53
+	whole := math.Abs(seconds) < 1<<53 || string(raw) == "9007199254740992" // which 2^53+1 would be rounded to
+	return seconds, n == 1 && err == nil && whole
 }
 
 // claimHolds reports whether the member, which is there exactly once, is text or a list of strings with text in it.

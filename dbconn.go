@@ -13,12 +13,14 @@ import (
 	"net/netip"
 	"net/url"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"syscall"
 	"time"
 
 	"github.com/lib/pq"
+	"github.com/lib/pq/pqerror"
 )
 
 // This file stands between database/sql and lib/pq, and makes three promises that neither makes:
@@ -187,11 +189,12 @@ func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
 	if err != nil {
 		return nil, connectError{err}
 	}
-	slot.stop()
-	if err := slot.conn.SetDeadline(time.Time{}); err != nil {
-		return nil, connectError{errors.Join(err, inner.Close())}
+	defer slot.stop()
+	conn := &careful{pqConn: inner.(pqConn), net: slot.conn, prepared: map[string]driver.Stmt{}}
+	if err := errors.Join(conn.checkDirect(ctx), slot.conn.SetDeadline(time.Time{})); err != nil {
+		return nil, connectError{errors.Join(err, conn.Close())}
 	}
-	return &careful{inner.(pqConn), slot.conn, false}, nil
+	return conn, nil
 }
 
 // A dialSlot brings the network connection that lib/pq asks for back to Connect.
@@ -263,21 +266,22 @@ func (c *netConn) quiet() bool {
 	return c.raw.Read(peek) == nil && (err == syscall.EAGAIN || err == syscall.EINTR)
 }
 
-// pqConn is what lib/pq's connection offers to database/sql, as far as this service uses it.
+// pqConn is what lib/pq's connection offers, as far as this service uses it.
 type pqConn interface {
 	driver.Conn
+	driver.ConnPrepareContext
 	driver.QueryerContext
-	driver.ExecerContext
-	driver.NamedValueChecker
 	driver.SessionResetter
 	driver.Validator
 }
 
-// careful is a connection as this file promises it.
+// careful is a connection as this file promises it. Statements go through run, by sql.Conn's Raw.
 type careful struct {
 	pqConn
-	net    *netConn
-	broken bool // to be thrown away instead of going back to the pool
+	net      *netConn
+	broken   bool                   // to be thrown away instead of going back to the pool
+	direct   bool                   // no pooler in between, so that statements can be prepared
+	prepared map[string]driver.Stmt // by their text
 }
 
 func (c *careful) IsValid() bool { return !c.broken && c.pqConn.IsValid() }
@@ -287,28 +291,77 @@ func (c *careful) Close() error {
 	return c.pqConn.Close()
 }
 
-// begin prepares for one statement. The function it returns ends it, and judges its error.
-func (c *careful) begin(ctx context.Context) (end func(error) error, err error) {
-	c.net.wrote = false
-	if !c.net.quiet() {
-		c.broken = true
-		return nil, driver.ErrBadConn
-	}
-	stop := context.AfterFunc(ctx, func() { _ = c.net.SetDeadline(time.Now().Add(cancelGrace)) })
-	return func(err error) error {
-		c.broken = !stop() || c.broken // a deadline was set, or will be: not a connection for others
-		return c.judge(err)
-	}, nil
+// checkDirect finds out whether this connection leads to one and the same server process for as long
+// as it lives. A transaction pooler has many clients share the processes, and statements that one has
+// prepared are then another's. It gives its clients keys of its own making for cancel requests, where
+// PostgreSQL gives its process number: they agree only where there is no pooler.
+func (c *careful) checkDirect(ctx context.Context) error {
+	key := reflect.ValueOf(c.pqConn).Elem().FieldByName("pid") // lib/pq has no other way to ask
+	return c.run(ctx, "SELECT pg_backend_pid()", nil, func(row []driver.Value) error {
+		c.direct = key.IsValid() && key.CanInt() && row[0] == key.Int()
+		return nil
+	})
 }
 
-// judge tells what an error of lib/pq means for the statement: driver.ErrBadConn, which makes
-// database/sql repeat it on another connection, only when nothing was sent.
-func (c *careful) judge(err error) error {
-	if err == nil || err == io.EOF {
+// run sends one statement and hands each row of its result to row; what is in it is valid until row
+// returns. It has read the server's last word when it returns without an error. When row returns
+// one, the rest is given up, and the connection with it. driver.ErrBadConn says that nothing was sent.
+func (c *careful) run(ctx context.Context, query string, args []driver.NamedValue, row func([]driver.Value) error) error {
+	if !c.net.quiet() {
+		c.broken = true
+		return driver.ErrBadConn
+	}
+	stop := context.AfterFunc(ctx, func() { _ = c.net.SetDeadline(time.Now().Add(cancelGrace)) })
+	err := c.judge(c.exchange(ctx, query, args, row))
+	c.broken = !stop() || c.broken // a deadline was set, or will be: not a connection for others
+	return err
+}
+
+func (c *careful) exchange(ctx context.Context, query string, args []driver.NamedValue, row func([]driver.Value) error) error {
+	rows, err := c.query(ctx, query, args)
+	if err != nil {
 		return err
 	}
+	values := make([]driver.Value, len(rows.Columns()))
+	for err == nil {
+		if err = rows.Next(values); err == nil {
+			err = row(values)
+		}
+	}
+	if closed := rows.Close(); err == io.EOF {
+		return closed
+	}
+	return err
+}
+
+// query sends a statement, prepared where that is safe.
+func (c *careful) query(ctx context.Context, query string, args []driver.NamedValue) (driver.Rows, error) {
+	c.net.wrote = false
+	if !c.direct || args == nil {
+		return c.pqConn.QueryContext(ctx, query, args)
+	}
+	statement := c.prepared[query]
+	if statement == nil {
+		var err error
+		statement, err = c.pqConn.PrepareContext(ctx, query)
+		c.net.wrote = false // nothing but the preparation
+		if err != nil {
+			return nil, err
+		}
+		c.prepared[query] = statement
+	}
+	return statement.(driver.StmtQueryContext).QueryContext(ctx, args)
+}
+
+// judge tells what an error means for the statement, and for the connection.
+func (c *careful) judge(err error) error {
+	if err == nil {
+		return nil
+	}
 	if pq.As(err) != nil {
-		c.broken = c.broken || pq.As(err, "25006") != nil // read_only_sql_transaction: no longer the primary
+		// read_only_sql_transaction: no longer the primary. feature_not_supported, invalid_sql_statement_name:
+		// a statement prepared for a table that has changed since.
+		c.broken = c.broken || pq.As(err, "25006", "0A000", "26000") != nil
 		return err
 	}
 	c.broken = true
@@ -316,52 +369,19 @@ func (c *careful) judge(err error) error {
 		return driver.ErrBadConn
 	}
 	if errors.Is(err, driver.ErrBadConn) {
-		return errInDoubt // without the driver's error in it, lest database/sql repeat the statement
+		return errInDoubt // without the driver's error in it, which says that the statement was not sent
 	}
 	return fmt.Errorf("%w: %w", errInDoubt, err)
 }
-
-func (c *careful) ExecContext(ctx context.Context, query string, args []driver.NamedValue) (driver.Result, error) {
-	end, err := c.begin(ctx)
-	if err != nil {
-		return nil, err
-	}
-	result, err := c.pqConn.ExecContext(ctx, query, args)
-	return result, end(err)
-}
-
-func (c *careful) QueryContext(ctx context.Context, query string, args []driver.NamedValue) (driver.Rows, error) {
-	end, err := c.begin(ctx)
-	if err != nil {
-		return nil, err
-	}
-	rows, err := c.pqConn.QueryContext(ctx, query, args)
-	if err != nil {
-		return nil, end(err)
-	}
-	return &carefulRows{rows, c, end}, nil
-}
-
-// carefulRows judges what reading a result can end with.
-type carefulRows struct {
-	driver.Rows
-	conn *careful
-	end  func(error) error
-}
-
-func (r *carefulRows) Next(dest []driver.Value) error { return r.conn.judge(r.Rows.Next(dest)) }
-
-func (r *carefulRows) Close() error { return r.end(r.Rows.Close()) }
 
 // isStartupError reports an error that waiting does not cure: a refused password or user, a missing
 // database, a certificate that does not fit, a schema that cannot be applied.
 func isStartupError(err error) bool {
 	if e := pq.As(err); e != nil {
-		switch e.Code.Class() {
-		case "28", "3D", "42", "22", "23", "0A", "P0":
-			return true
+		if pq.As(err, "42P07", "42701", "42710") != nil { // duplicate table, column, object:
+			return false // somebody else made it at the same moment
 		}
-		return false
+		return slices.Contains([]pqerror.Class{"28", "3D", "42", "22", "0A", "P0"}, e.Code.Class())
 	}
 	var verification *tls.CertificateVerificationError
 	var authority x509.UnknownAuthorityError

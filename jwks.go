@@ -65,8 +65,9 @@ type jwks struct {
 
 func newJWKS(url string) *jwks {
 	j := &jwks{url: url, client: &http.Client{
-		Timeout:       fetchTimeout,
-		Transport:     &http.Transport{Proxy: http.ProxyFromEnvironment, MaxResponseHeaderBytes: fetchBytes},
+		Timeout: fetchTimeout,
+		// On a kept connection that turns out closed, net/http would ask a second time by itself.
+		Transport:     &http.Transport{Proxy: http.ProxyFromEnvironment, MaxResponseHeaderBytes: fetchBytes, DisableKeepAlives: true},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}}
 	j.known.Store(&[]jwk{})
@@ -184,7 +185,10 @@ func parseJWK(text []byte) (jwk, error) {
 	}
 	key := jwk{kid: p.Kid}
 	decode := func(text string) []byte {
-		b, _ := base64.RawURLEncoding.DecodeString(text)
+		b, err := base64.RawURLEncoding.DecodeString(text)
+		if err != nil {
+			return nil // not what could be read of it, which is another key
+		}
 		return b
 	}
 	var err error

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"crypto/sha256"
+	"database/sql/driver"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -263,50 +264,52 @@ type chunk struct {
 // to buffer.
 func (s *store) chunk(ctx context.Context, user string, q listQuery, n, maxBytes int, buffer []byte) (c chunk, err error) {
 	start := len(buffer)
-	query, args := q.statement(user, n+1)
+	query, values := q.statement(user, int64(n)+1)
+	args := arguments(values...)
 	err = s.do(ctx, user, true, func(ctx context.Context) error {
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
 		c = chunk{json: buffer[:start], next: chunkTasks}
-		rows, err := s.db.QueryContext(ctx, query, args...)
-		if err != nil {
-			return err
-		}
-		defer rows.Close()
-		for count := 0; rows.Next(); count++ {
-			if count == n || len(c.json)-start >= maxBytes {
-				// Cancelling costs the connection when much is still to come, but less than reading all that.
-				if c.more = true; count < n {
-					c.next = count
-					cancel()
-					return nil
-				}
-				break
+		count := 0
+		err := perform(ctx, s.db, query, args, func(row []driver.Value) error {
+			if c.more = count == n || len(c.json)-start >= maxBytes; c.more && count < n {
+				c.next = count
+				cancel() // this costs the connection, but less than reading all that may still come
+				return errEnough
+			} else if c.more {
+				return nil
 			}
-			t, err := scanTask(rows, user)
+			t, err := parseTask(row[0], user)
 			if err != nil {
 				return err
 			}
-			if count > 0 {
+			if count++; count > 1 {
 				c.json = append(c.json, ',')
 			}
 			c.json = t.appendJSON(c.json)
 			c.last = q.place(t)
+			return nil
+		})
+		if err == errEnough {
+			return nil
 		}
-		return errors.Join(rows.Err(), rows.Close())
+		return err
 	})
 	return c, err
 }
 
+// errEnough ends the reading of a result.
+var errEnough = errors.New("enough read")
+
 // statement composes the statement that reads n tasks from q.after on, and its arguments. Only words
 // of this file go into its text.
-func (q listQuery) statement(user string, n int) (string, []any) {
+func (q listQuery) statement(user string, n int64) (string, []any) {
 	args := []any{user}
 	arg := func(value any) string {
 		args = append(args, value)
 		return "$" + strconv.Itoa(len(args))
 	}
-	text := `SELECT ` + taskColumns + ` FROM tasks WHERE user_id = $1`
+	text := `SELECT ` + taskRow + ` FROM tasks WHERE user_id = $1`
 	if q.isCompleted != nil {
 		text += ` AND is_completed = ` + arg(*q.isCompleted)
 	}

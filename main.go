@@ -49,9 +49,10 @@ const (
 	idleTimeout   = 120 * time.Second
 	writeTimeout  = 30 * time.Second // without any progress
 
-	drainTime    = time.Second      // from the signal until the listener closes: balancers need to notice
-	finishTime   = 25 * time.Second // from the signal until requests in flight get a 503
-	abandonTime  = 2 * time.Second  // more, until their connections are cut
+	drainTime    = time.Second            // from the signal until the listener closes: balancers need to notice
+	finishTime   = 25 * time.Second       // from the signal until requests in flight get a 503
+	abandonTime  = 2 * time.Second        // more, until their connections are cut
+	headStart    = 100 * time.Millisecond // for a database that is up, so that nobody gets a 503 at the start
 	schemaPeriod = 250 * time.Millisecond
 )
 
@@ -221,7 +222,6 @@ func serve(ctx context.Context, cfg config, stdout, stderr io.Writer) (err error
 		return err
 	}
 	failed := make(chan error, 3) // room for all who may report, so that none waits
-	go func() { failed <- httpServer.Serve(patientListener{listener}) }()
 	logger.Info("listening", "address", listener.Addr().String(), "version", version())
 
 	if auth.jwks != nil {
@@ -239,6 +239,11 @@ func serve(ctx context.Context, cfg config, stdout, stderr io.Writer) (err error
 			fmt.Fprintln(stdout, pasteLine(auth, listener.Addr().(*net.TCPAddr)))
 		}
 	}()
+	select {
+	case <-database:
+	case <-time.After(headStart):
+	}
+	go func() { failed <- httpServer.Serve(patientListener{listener}) }()
 
 	select {
 	case <-signals.Done():

@@ -35,7 +35,6 @@ type server struct {
 	origins     []string // for CORS
 	log         *slog.Logger
 	development bool
-	demoToken   func() string // for /docs in development
 	store       atomic.Pointer[store]
 	draining    atomic.Bool // since the first signal
 	ready       readiness
@@ -57,6 +56,8 @@ func (s *server) routes() []route {
 	return []route{
 		{"GET", "/health", s.health},
 		{"GET", "/ready", s.readyz},
+		{"GET", "/openapi.json", s.openapi},
+		{"GET", "/docs", s.docs},
 		{"GET", "/api/{user_id}/tasks", own(s.listTasks)},
 		{"POST", "/api/{user_id}/tasks", own(s.createTask)},
 		{"GET", "/api/{user_id}/tasks/{task_id}", own(s.task)},

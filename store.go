@@ -8,6 +8,7 @@ import (
 	_ "embed"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -53,7 +54,10 @@ func (s *store) close() error { return errors.Join(s.db.Close(), s.probe.Close()
 // schemaApplied asks the database whether schema.sql has been applied in full.
 func (s *store) schemaApplied(ctx context.Context) (applied bool, err error) {
 	const query = `SELECT to_regclass('tasks_user_id_idempotency_key_idx') IS NOT NULL`
-	err = s.probe.QueryRowContext(ctx, query).Scan(&applied)
+	err = perform(ctx, s.probe, query, nil, func(row []driver.Value) error {
+		applied = row[0] == true
+		return nil
+	})
 	return applied, err
 }
 
@@ -66,8 +70,36 @@ func (s *store) applySchema(ctx context.Context) error {
 	if err != nil || applied {
 		return err
 	}
-	_, err = s.probe.ExecContext(ctx, schema)
-	return err
+	return perform(ctx, s.probe, schema, nil, func([]driver.Value) error { return nil })
+}
+
+// perform sends one statement over a connection of db, as careful.run does.
+func perform(ctx context.Context, db *sql.DB, query string, args []driver.NamedValue, row func([]driver.Value) error) error {
+	conn, err := db.Conn(ctx)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	return conn.Raw(func(c any) error { return c.(*careful).run(ctx, query, args, row) })
+}
+
+// arguments are the values of $1, $2, …: strings, bools, int64s, byte slices, nil, and pointers to them.
+func arguments(values ...any) []driver.NamedValue {
+	args := make([]driver.NamedValue, len(values))
+	for i, value := range values {
+		switch p := value.(type) {
+		case *string:
+			if value = nil; p != nil {
+				value = *p
+			}
+		case *bool:
+			if value = nil; p != nil {
+				value = *p
+			}
+		}
+		args[i] = driver.NamedValue{Ordinal: i + 1, Value: value}
+	}
+	return args
 }
 
 // do runs f, which sends one statement, for a user: within the time limit, in the user's turn, and
@@ -88,6 +120,9 @@ func (s *store) do(ctx context.Context, user string, repeatable bool, f func(con
 		if err = f(ctx); err == nil || !harmless(err) && !(repeatable && inDoubt(err)) {
 			return err
 		}
+		if errors.Is(err, driver.ErrBadConn) {
+			wait = 0 // a connection of the pool that had died; there may be more of them
+		}
 		select {
 		case <-time.After(wait):
 		case <-ctx.Done():
@@ -100,8 +135,9 @@ func (s *store) do(ctx context.Context, user string, repeatable bool, f func(con
 func harmless(err error) bool {
 	var unsent connectError
 	return errors.As(err, &unsent) || errors.Is(err, driver.ErrBadConn) ||
-		// serialization_failure, deadlock_detected, read_only_sql_transaction
-		pq.As(err, "40001", "40P01", "25006") != nil
+		// serialization_failure, deadlock_detected, read_only_sql_transaction, and the two of a prepared
+		// statement that is out of date: feature_not_supported, invalid_sql_statement_name
+		pq.As(err, "40001", "40P01", "25006", "0A000", "26000") != nil
 }
 
 // inDoubt reports a failure after which the statement may have taken effect.
@@ -126,17 +162,53 @@ func isBug(err error) bool {
 	return class == "22" || class == "23" || class == "42"
 }
 
-// taskColumns is what scanTask reads. Times travel as text: that costs half of parsing them.
-const taskColumns = `id, title, description, is_completed, created_at::text, updated_at::text`
+// taskRow is what parseTask reads: the columns as one value, whose text costs lib/pq and its
+// allocator a third of what six columns do.
+const taskRow = `(id, title, description, is_completed, created_at, updated_at)`
 
-func scanTask(row interface{ Scan(...any) error }, user string) (task, error) {
-	t := task{userID: user}
-	err := row.Scan(&t.id, &t.title, &t.description, &t.isCompleted, &t.createdAt, &t.updatedAt)
-	t.createdAt, t.updatedAt = rfc3339(t.createdAt), rfc3339(t.updatedAt)
-	if errors.Is(err, sql.ErrNoRows) {
-		err = errNotFound
+// parseTask reads a taskRow.
+func parseTask(row driver.Value, user string) (t task, err error) {
+	var fields [6]*string
+	record, _ := row.([]byte)
+	if err := parseRecord(string(record), fields[:]); err != nil {
+		return t, err
 	}
+	t = task{userID: user, title: *fields[1], description: fields[2], isCompleted: *fields[3] == "t",
+		createdAt: rfc3339(*fields[4]), updatedAt: rfc3339(*fields[5])}
+	t.id, err = strconv.ParseInt(*fields[0], 10, 64)
 	return t, err
+}
+
+// parseRecord splits the text of a composite value (the manual's section 8.16.6) into its fields, nil for NULL.
+func parseRecord(text string, fields []*string) error {
+	for i := range fields {
+		if text == "" {
+			return errors.New("a row has too few columns")
+		}
+		text = text[1:] // a parenthesis or comma
+		end := strings.IndexAny(text, ",)")
+		if !strings.HasPrefix(text, `"`) {
+			if field := text[:end]; end > 0 {
+				fields[i] = &field
+			}
+			text = text[end:]
+			continue
+		}
+		// Between quotes, a quote or backslash stands twice.
+		end = 1
+		for text[end] != '"' || text[end+1] == '"' {
+			if text[end] == '"' || text[end] == '\\' {
+				end++
+			}
+			end++
+		}
+		field := text[1:end]
+		if strings.ContainsAny(field, `"\`) {
+			field = strings.NewReplacer(`""`, `"`, `\\`, `\`).Replace(field)
+		}
+		fields[i], text = &field, text[end+1:]
+	}
+	return nil
 }
 
 // rfc3339 turns "2026-11-23 04:05:06.7+00", as PostgreSQL prints a time in UTC, into RFC 3339 with
@@ -150,11 +222,24 @@ func rfc3339(text string) string {
 	return date + "T" + seconds + "." + (fraction + "000000")[:6] + "Z"
 }
 
+// one runs a statement that returns one task at most, errNotFound when there is none.
+func (s *store) one(ctx context.Context, user, query string, args []driver.NamedValue) (t task, err error) {
+	err = errNotFound
+	if failed := perform(ctx, s.db, query, args, func(row []driver.Value) error {
+		t, err = parseTask(row[0], user)
+		return err
+	}); failed != nil {
+		err = failed
+	}
+	return t, err
+}
+
+const selectTask = `SELECT ` + taskRow + ` FROM tasks WHERE user_id = $1 AND id = $2`
+
 // task returns one task.
 func (s *store) task(ctx context.Context, user string, id int64) (t task, err error) {
-	const query = `SELECT ` + taskColumns + ` FROM tasks WHERE user_id = $1 AND id = $2`
 	err = s.do(ctx, user, true, func(ctx context.Context) error {
-		t, err = scanTask(s.db.QueryRowContext(ctx, query, user, id), user)
+		t, err = s.one(ctx, user, selectTask, arguments(user, id))
 		return err
 	})
 	return t, err
@@ -163,20 +248,20 @@ func (s *store) task(ctx context.Context, user string, id int64) (t task, err er
 // createTask makes a task. With a key it makes one at most once: a repeat with the same title and
 // description returns the task as it is now, one with others fails with errKeyReused.
 func (s *store) createTask(ctx context.Context, user, key string, in taskInput) (t task, err error) {
-	const insert = `INSERT INTO tasks (user_id, title, description) VALUES ($1, $2, $3) RETURNING ` + taskColumns
+	const insert = `INSERT INTO tasks (user_id, title, description) VALUES ($1, $2, $3) RETURNING ` + taskRow
 	// The update changes nothing: it makes the statement see, lock and return the earlier row, which
 	// DO NOTHING would not.
 	const insertOnce = `INSERT INTO tasks (user_id, title, description, idempotency_key, idempotency_hash)
 		VALUES ($1, $2, $3, $4, $5)
 		ON CONFLICT (user_id, idempotency_key) WHERE idempotency_key IS NOT NULL
 		DO UPDATE SET idempotency_key = excluded.idempotency_key
-		WHERE tasks.idempotency_hash = excluded.idempotency_hash RETURNING ` + taskColumns
-	query, args := insert, []any{user, in.title, in.description}
+		WHERE tasks.idempotency_hash = excluded.idempotency_hash RETURNING ` + taskRow
+	query, args := insert, arguments(user, in.title, in.description)
 	if key != "" {
-		query, args = insertOnce, append(args, key, in.hash())
+		query, args = insertOnce, arguments(user, in.title, in.description, key, in.hash())
 	}
 	err = s.do(ctx, user, key != "", func(ctx context.Context) error {
-		t, err = scanTask(s.db.QueryRowContext(ctx, query, args...), user)
+		t, err = s.one(ctx, user, query, args)
 		return err
 	})
 	if err == errNotFound {
@@ -206,10 +291,10 @@ func (s *store) updateTask(ctx context.Context, user string, id int64, match pre
 				IS DISTINCT FROM (title, description, is_completed)
 				THEN greatest(now(), updated_at + interval '1 microsecond') ELSE updated_at END
 		WHERE user_id = $1 AND id = $2 AND ($3::timestamptz[] IS NULL OR updated_at = ANY ($3::timestamptz[]))
-		RETURNING ` + taskColumns
+		RETURNING ` + taskRow
+	args := arguments(user, id, match.times(), in.title, in.hasDescription, in.description, in.isCompleted)
 	err = s.conditional(ctx, user, id, match, func(ctx context.Context) error {
-		t, err = scanTask(s.db.QueryRowContext(ctx, query, user, id, match.times(),
-			in.title, in.hasDescription, in.description, in.isCompleted), user)
+		t, err = s.one(ctx, user, query, args)
 		return err
 	})
 	return t, err
@@ -218,32 +303,23 @@ func (s *store) updateTask(ctx context.Context, user string, id int64, match pre
 // deleteTask deletes a task if it matches; it fails with errModified when it exists and does not.
 func (s *store) deleteTask(ctx context.Context, user string, id int64, match precondition) error {
 	const query = `DELETE FROM tasks
-		WHERE user_id = $1 AND id = $2 AND ($3::timestamptz[] IS NULL OR updated_at = ANY ($3::timestamptz[]))`
+		WHERE user_id = $1 AND id = $2 AND ($3::timestamptz[] IS NULL OR updated_at = ANY ($3::timestamptz[]))
+		RETURNING ` + taskRow
 	return s.conditional(ctx, user, id, match, func(ctx context.Context) error {
-		result, err := s.db.ExecContext(ctx, query, user, id, match.times())
-		if err != nil {
-			return err
-		}
-		if n, err := result.RowsAffected(); n > 0 || err != nil {
-			return err
-		}
-		return errNotFound
+		_, err := s.one(ctx, user, query, arguments(user, id, match.times()))
+		return err
 	})
 }
 
 // conditional runs a write that finds no row either because there is no task or because it does not
 // match, and tells the two apart. The write itself has decided; this only finds the words.
 func (s *store) conditional(ctx context.Context, user string, id int64, match precondition, write func(context.Context) error) error {
-	const query = `SELECT FROM tasks WHERE user_id = $1 AND id = $2`
 	return s.do(ctx, user, false, func(ctx context.Context) error {
 		err := write(ctx)
 		if err != errNotFound || match.times() == nil {
 			return err
 		}
-		switch err := s.db.QueryRowContext(ctx, query, user, id).Scan(); {
-		case errors.Is(err, sql.ErrNoRows):
-			return errNotFound
-		case err != nil:
+		if _, err := s.one(ctx, user, selectTask, arguments(user, id)); err != nil {
 			return err
 		}
 		return errModified

@@ -12,8 +12,8 @@ import (
 	"net/http/httptest"
 	"net/url"
 	"os"
-	"path/filepath"
 	"reflect"
+	"regexp"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -126,8 +126,14 @@ type service struct {
 // newService starts a service on a database of its own.
 func newService(t testing.TB) *service {
 	t.Helper()
+	return newServiceWith(t, newDatabase(t), 8)
+}
+
+// newServiceWith starts a service on a database, with a pool of a size.
+func newServiceWith(t testing.TB, cfg pq.Config, size int) *service {
+	t.Helper()
 	s := newServiceOn(t, &authenticator{secret: []byte(testSecret)})
-	st := newStore(newDatabase(t), 8, 10*time.Second)
+	st := newStore(cfg, size, 10*time.Second)
 	t.Cleanup(func() { _ = st.close() })
 	s.store.Store(st)
 	return s
@@ -210,24 +216,33 @@ type reply struct {
 	body   string
 }
 
-// as sends a request as a user, "" for nobody. headers are names and values in turn; a name that comes twice makes two lines.
+// as sends a request as a user, "" for nobody, with the path just as it is. headers are names and values in turn; a name
+// that comes twice makes two lines. It checks what every answer has.
 func (s *service) as(t testing.TB, user, method, path, body string, headers ...string) reply {
 	t.Helper()
 	var content io.Reader
 	if body != "" {
 		content = strings.NewReader(body)
 	}
-	r, err := http.NewRequest(method, s.url+path, content)
+	r, err := http.NewRequest(method, s.url, content)
 	if err != nil {
 		t.Fatal(err)
 	}
+	r.URL.Opaque = path
 	if user != "" {
 		r.Header.Set("Authorization", "Bearer "+tokenFor(t, user))
 	}
 	for i := 0; i < len(headers); i += 2 {
 		r.Header.Add(headers[i], headers[i+1])
 	}
-	return send(t, r)
+	got := send(t, r)
+	for name, want := range map[string]string{"Cache-Control": "^private, no-cache$", "X-Content-Type-Options": "^nosniff$",
+		"Vary": "^Origin$", "X-Request-Id": "^[A-Za-z0-9._-]{1,128}$"} {
+		if lines := got.header[name]; len(lines) != 1 || !regexp.MustCompile(want).MatchString(lines[0]) {
+			t.Errorf("%s %s: %s is %q", method, path, name, lines)
+		}
+	}
+	return got
 }
 
 // send sends a request as it is and reads all of the answer. It follows no redirects.
@@ -376,5 +391,3 @@ func mustJSON(t testing.TB, value any) string {
 	}
 	return string(b)
 }
-
-var _ = filepath.Join
