@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/golang-jwt/jwt/v5"
@@ -26,6 +27,7 @@ type authenticator struct {
 	jwks     *jwks  // nil: everything else is refused
 	issuer   string // "" for any
 	audience string // "" for any
+	verified *tokenCache
 }
 
 // own guards a route: next runs only for the user whom both the token and the path name.
@@ -62,26 +64,38 @@ func bearer(lines []string) (string, error) {
 
 // subject returns the user whom the token names, or errInvalidToken, errExpiredToken, or errJWKSDown.
 func (a *authenticator) subject(r *http.Request, token string) (string, error) {
+	now, keys := float64(time.Now().UnixNano())/1e9, a.jwks.current()
+	v, ok := a.verified.load(token)
+	if !ok || v.keys != keys {
+		var err error
+		if v, err = a.judge(r, token, now); err != nil {
+			return "", err
+		}
+		v.keys = keys
+		a.verified.store(token, v)
+	}
+	if now >= v.exp {
+		return "", errExpiredToken
+	}
+	return v.user, nil
+}
+
+// judge checks all of a token but its expiry.
+func (a *authenticator) judge(r *http.Request, token string, now float64) (v verified, err error) {
 	signed, signature, ok := cutLast(token, ".")
 	head, body, ok2 := strings.Cut(signed, ".")
 	header, err := tokenPart(head)
 	claims, err2 := tokenPart(body)
 	sig, err3 := base64.RawURLEncoding.Strict().DecodeString(signature)
 	if !ok || !ok2 || errors.Join(err, err2, err3) != nil {
-		return "", errInvalidToken
+		return v, errInvalidToken
 	}
-	user, expired, ok := a.judge(claims, time.Now())
+	v, ok = a.accept(claims, now)
 	alg, algOK := claimText(header, "alg")
 	if _, critical := header.member("crit"); !ok || !algOK || critical > 0 {
-		return "", errInvalidToken // RFC 7515 section 4.1.11: no extension is understood here
+		return v, errInvalidToken // RFC 7515 section 4.1.11: no extension is understood here
 	}
-	if err := a.verify(r, header, alg, signed, sig); err != nil {
-		return "", err
-	}
-	if expired {
-		return "", errExpiredToken
-	}
-	return user, nil
+	return v, a.verify(r, header, alg, signed, sig)
 }
 
 // verify checks the signature with a key that is meant for alg.
@@ -109,32 +123,25 @@ func (a *authenticator) verify(r *http.Request, header jsonValue, alg, signed st
 	return errInvalidToken
 }
 
-// judge returns what the claims say about the user and the time; ok is false when they are not to be
-// accepted whatever the signature.
-func (a *authenticator) judge(claims jsonValue, now time.Time) (user string, expired, ok bool) {
-	user, ok = claimText(claims, "sub")
-	if !ok || user == "" || len(user) > maxSubject {
-		return "", false, false
+// accept reads the claims; ok is false when they are not to be accepted whatever the signature.
+func (a *authenticator) accept(claims jsonValue, now float64) (v verified, ok bool) {
+	if v.user, ok = claimText(claims, "sub"); !ok || v.user == "" || len(v.user) > maxSubject {
+		return v, false
 	}
-	seconds := float64(now.UnixNano()) / 1e9
-	exp, ok := claimTime(claims, "exp")
-	if !ok {
-		return "", false, false
+	if v.exp, ok = claimTime(claims, "exp"); !ok {
+		return v, false
 	}
 	if _, n := claims.member("nbf"); n > 0 {
-		if nbf, ok := claimTime(claims, "nbf"); !ok || seconds < nbf {
-			return "", false, false
+		if nbf, ok := claimTime(claims, "nbf"); !ok || now < nbf {
+			return v, false
 		}
 	}
 	if a.issuer != "" {
 		if issuer, ok := claimText(claims, "iss"); !ok || issuer != a.issuer {
-			return "", false, false
+			return v, false
 		}
 	}
-	if a.audience != "" && !claimHolds(claims, "aud", a.audience) {
-		return "", false, false
-	}
-	return user, seconds >= exp, true
+	return v, a.audience == "" || claimHolds(claims, "aud", a.audience)
 }
 
 // tokenPart decodes a part of a token that must be a JSON object.
@@ -163,8 +170,8 @@ func claimText(v jsonValue, name string) (string, bool) {
 func claimTime(v jsonValue, name string) (float64, bool) {
 	raw, n := v.member(name)
 	seconds, err := strconv.ParseFloat(string(raw), 64)
-	whole := math.Abs(seconds) < 1<<53 || string(raw) == "9007199254740992" // which 2^53+1 would be rounded to
-	return seconds, n == 1 && err == nil && whole
+	exact := math.Abs(seconds) < 1<<53 || string(raw) == "9007199254740992" // to which 2^53+1 is rounded, too
+	return seconds, n == 1 && err == nil && exact
 }
 
 // claimHolds reports whether the member, which is there exactly once, is text or a list of strings with text in it.
@@ -200,6 +207,48 @@ func (a *authenticator) developmentToken(user string, ttl time.Duration) (string
 		claims["aud"] = a.audience
 	}
 	return jwt.NewWithClaims(jwt.SigningMethodHS256, claims).SignedString(a.secret)
+}
+
+// A tokenCache remembers tokens whose signature and claims were found good, with what is left to check
+// each time: the expiry, and that the keys are still the same. A nil one remembers nothing.
+type tokenCache struct {
+	mu         sync.Mutex
+	young, old map[string]verified // old is what young was when it had maxVerified tokens
+}
+
+type verified struct {
+	user string
+	exp  float64 // seconds since 1970
+	keys *[]jwk  // that were known
+}
+
+const (
+	maxVerified      = 2048 // tokens in one map
+	maxVerifiedBytes = 2048 // in one token; one that is longer is checked each time
+)
+
+func (c *tokenCache) load(token string) (v verified, ok bool) {
+	if c == nil {
+		return v, false
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if v, ok = c.young[token]; !ok {
+		v, ok = c.old[token]
+	}
+	return v, ok
+}
+
+func (c *tokenCache) store(token string, v verified) {
+	if c == nil || len(token) > maxVerifiedBytes {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.young) == maxVerified || c.young == nil {
+		c.young, c.old = map[string]verified{}, c.young
+	}
+	c.young[strings.Clone(token)] = v
 }
 
 // cutLast cuts s around the last sep.

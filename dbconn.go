@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -82,7 +83,7 @@ func parseDatabaseURL(text string, getenv func(string) string) (cfg pq.Config, w
 		fmt.Fprintf(&dsn, "%s='%s' ", key, strings.NewReplacer(`\`, `\\`, `'`, `\'`).Replace(value))
 	}
 	if cfg, err = pq.NewConfig(dsn.String()); err != nil {
-		return cfg, nil, withoutSecrets(err, text, params)
+		return cfg, nil, withoutValues(err, params)
 	}
 	if cfg.Runtime == nil {
 		cfg.Runtime = map[string]string{}
@@ -93,14 +94,16 @@ func parseDatabaseURL(text string, getenv func(string) string) (cfg pq.Config, w
 	return cfg, warnings, nil
 }
 
-// withoutSecrets keeps an error of lib/pq's parser unless it might quote what must not be printed.
-func withoutSecrets(err error, text string, params map[string]string) error {
-	for _, secret := range []string{text, params["password"], params["sslpassword"]} {
-		if secret != "" && strings.Contains(err.Error(), secret) {
-			return errors.New("has an option that cannot be used")
+// withoutValues takes what an error of lib/pq's parser quotes out of it: where a password holds what
+// should have been encoded, that may be a part of the password.
+func withoutValues(err error, params map[string]string) error {
+	text := err.Error()
+	for _, list := range params {
+		for value := range strings.SplitSeq(list, ",") {
+			text = strings.ReplaceAll(text, strconv.Quote(value), "it")
 		}
 	}
-	return err
+	return errors.New(text)
 }
 
 // urlParameters takes a URL apart into libpq's parameter names. net/url cannot do it: it refuses
@@ -130,22 +133,24 @@ func urlParameters(text string) (map[string]string, error) {
 		authority = authority[at+1:]
 	}
 	var hosts, ports []string
+	hasPort := false
 	for _, host := range strings.Split(authority, ",") {
 		port := ""
 		if colon := strings.LastIndexByte(host, ':'); colon > strings.LastIndexByte(host, ']') {
 			host, port = host[:colon], host[colon+1:]
 		}
+		hasPort = hasPort || port != ""
 		hosts = append(hosts, strings.Trim(host, "[]"))
-		ports = append(ports, port)
+		ports = append(ports, cmp.Or(port, "5432"))
 	}
 	set("host", strings.Join(hosts, ","))
-	if list := strings.Join(ports, ","); strings.Trim(list, ",") != "" {
-		set("port", list)
+	if hasPort {
+		set("port", strings.Join(ports, ","))
 	}
 	set("dbname", database)
 	for _, pair := range strings.Split(query, "&") {
 		name, value, _ := strings.Cut(pair, "=")
-		if pair != "" && strings.Trim(name, "abcdefghijklmnopqrstuvwxyz_.") != "" {
+		if pair != "" && (name == "" || strings.Trim(name, "abcdefghijklmnopqrstuvwxyz_.") != "") {
 			return nil, errors.New("has an option whose name is not made of lower-case letters")
 		}
 		if name == "ssl" && value == "true" { // as libpq has it for JDBC's sake

@@ -110,6 +110,14 @@ func (j *jwks) keys(ctx context.Context, kid string) ([]jwk, error) {
 	return keys, nil
 }
 
+// current identifies the keys as they are known now.
+func (j *jwks) current() *[]jwk {
+	if j == nil {
+		return nil
+	}
+	return j.known.Load()
+}
+
 func (j *jwks) lookup(kid string) (keys []jwk) {
 	for _, key := range *j.known.Load() {
 		if key.kid == kid {

@@ -110,9 +110,6 @@ func (v *validation) listQuery(r *http.Request, user string) (q listQuery) {
 		q.limit = n
 	})
 	each("cursor", func(text string) {
-		if *v != nil {
-			return // of what list it should be is not known
-		}
 		if q.after = q.decodeCursor(user, text); q.after == nil {
 			v.add("value_error", "Value error, the cursor is damaged or belongs to another list: start again without it", quote(text), map[string]any{"error": struct{}{}}, "query", "cursor")
 		}
@@ -168,9 +165,9 @@ func (q listQuery) place(t task) *keyset {
 	case "title":
 		k.value = t.title
 	case "created_at":
-		k.value = t.createdAt
+		k.value = string(appendRFC3339(nil, t.createdAt))
 	case "updated_at":
-		k.value = t.updatedAt
+		k.value = string(appendRFC3339(nil, t.updatedAt))
 	}
 	return &k
 }
@@ -181,23 +178,35 @@ func (s *server) listTasks(w *response, r *http.Request, user string) error {
 	if v != nil {
 		return v
 	}
+	tasks, size := chunkTasks, chunkBytes
 	if q.limit > 0 {
-		chunk, err := s.tasks().chunk(r.Context(), user, q, q.limit, pageBytes, []byte("["))
-		if err != nil {
-			return err
-		}
-		if chunk.more {
-			w.Header().Set("Link", "<"+nextPage(r.URL, q.encodeCursor(user, *chunk.last))+`>; rel="next"`)
-		}
-		return w.json(http.StatusOK, append(chunk.json, ']'))
+		tasks, size = q.limit, pageBytes
 	}
-	return s.streamTasks(w, r, user, q)
+	buffer, _ := s.buffers.Get().(*[]byte)
+	if buffer == nil {
+		buffer = new([]byte)
+	}
+	c, err := s.tasks().chunk(r.Context(), user, q, tasks, size, append((*buffer)[:0], '['))
+	if err == nil && q.limit > 0 && c.more {
+		w.Header().Set("Link", "<"+nextPage(user, r.URL.RawQuery, q.encodeCursor(user, *c.last))+`>; rel="next"`)
+		c.more = false
+	}
+	if err == nil && c.more {
+		c.json, err = s.streamTasks(w, r, user, q, c)
+	} else if err == nil {
+		c.json = append(c.json, ']')
+		err = w.json(http.StatusOK, c.json)
+	}
+	if *buffer = c.json; cap(c.json) <= 2*chunkBytes {
+		s.buffers.Put(buffer)
+	}
+	return err
 }
 
 // nextPage returns the URL, as a path, of the same list from cursor on.
-func nextPage(u *url.URL, cursor string) string {
+func nextPage(user, rawQuery, cursor string) string {
 	query := []string{}
-	for pair := range strings.SplitSeq(u.RawQuery, "&") {
+	for pair := range strings.SplitSeq(rawQuery, "&") {
 		name, value, ok := strings.Cut(pair, "=")
 		if name, err := url.QueryUnescape(name); err == nil && name == "cursor" || pair == "" {
 			continue
@@ -208,7 +217,7 @@ func nextPage(u *url.URL, cursor string) string {
 		}
 		query = append(query, pair)
 	}
-	return u.EscapedPath() + "?" + strings.Join(append(query, "cursor="+cursor), "&")
+	return "/api/" + url.PathEscape(user) + "/tasks?" + strings.Join(append(query, "cursor="+cursor), "&")
 }
 
 // reescape returns a part of a query with all escaped that a URI wants escaped (RFC 3986).
@@ -220,35 +229,26 @@ func reescape(part string) string {
 	return url.QueryEscape(text)
 }
 
-// streamTasks sends a list of any length in chunks. The connection to the database is given back
-// before a chunk goes out. A failure after the first chunk breaks the connection to the client, so
-// that nobody takes a cut list for a whole one.
-func (s *server) streamTasks(w *response, r *http.Request, user string, q listQuery) error {
-	tasks, buffer := chunkTasks, []byte("[")
-	for first := true; ; first = false {
-		chunk, err := s.tasks().chunk(r.Context(), user, q, tasks, chunkBytes, buffer)
-		if err != nil && first {
-			return err
+// streamTasks sends a list of any length from its first chunk on, and returns the buffer. The connection
+// to the database is given back before a chunk goes out. A failure now breaks the connection to the
+// client, so that nobody takes a cut list for a whole one.
+func (s *server) streamTasks(w *response, r *http.Request, user string, q listQuery, c chunk) ([]byte, error) {
+	w.Header()["Content-Type"] = []string{"application/json"}
+	w.WriteHeader(http.StatusOK)
+	for {
+		if _, err := w.Write(c.json); err != nil || r.Method == http.MethodHead {
+			return c.json, nil // a client that went away needs no answer
 		}
-		if err != nil {
+		if !c.more {
+			_, _ = w.Write([]byte("]"))
+			return c.json, nil
+		}
+		q.after = c.last
+		var err error
+		if c, err = s.tasks().chunk(r.Context(), user, q, c.next, chunkBytes, append(c.json[:0], ',')); err != nil {
 			w.cause = err
 			panic(http.ErrAbortHandler)
 		}
-		buffer = chunk.json
-		if !chunk.more {
-			buffer = append(buffer, ']')
-			if first {
-				return w.json(http.StatusOK, buffer)
-			}
-		}
-		if first {
-			w.Header()["Content-Type"] = []string{"application/json"}
-			w.WriteHeader(http.StatusOK)
-		}
-		if _, err := w.Write(buffer); err != nil || !chunk.more || r.Method == http.MethodHead {
-			return nil // a client that went away needs no answer
-		}
-		q.after, tasks, buffer = chunk.last, chunk.next, append(buffer[:0], ',')
 	}
 }
 
@@ -270,7 +270,7 @@ func (s *store) chunk(ctx context.Context, user string, q listQuery, n, maxBytes
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
 		c = chunk{json: buffer[:start], next: chunkTasks}
-		count := 0
+		count, last := 0, task{}
 		err := perform(ctx, s.db, query, args, func(row []driver.Value) error {
 			if c.more = count == n || len(c.json)-start >= maxBytes; c.more && count < n {
 				c.next = count
@@ -279,18 +279,15 @@ func (s *store) chunk(ctx context.Context, user string, q listQuery, n, maxBytes
 			} else if c.more {
 				return nil
 			}
-			t, err := parseTask(row[0], user)
-			if err != nil {
-				return err
-			}
+			last = scanTask(row, user)
 			if count++; count > 1 {
 				c.json = append(c.json, ',')
 			}
-			c.json = t.appendJSON(c.json)
-			c.last = q.place(t)
+			c.json = last.appendJSON(c.json)
 			return nil
 		})
-		if err == errEnough {
+		c.last = q.place(last)
+		if errors.Is(err, errEnough) {
 			return nil
 		}
 		return err
@@ -309,7 +306,7 @@ func (q listQuery) statement(user string, n int64) (string, []any) {
 		args = append(args, value)
 		return "$" + strconv.Itoa(len(args))
 	}
-	text := `SELECT ` + taskRow + ` FROM tasks WHERE user_id = $1`
+	text := `SELECT ` + taskColumns + ` FROM tasks WHERE user_id = $1`
 	if q.isCompleted != nil {
 		text += ` AND is_completed = ` + arg(*q.isCompleted)
 	}

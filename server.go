@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/json"
@@ -38,6 +39,7 @@ type server struct {
 	store       atomic.Pointer[store]
 	draining    atomic.Bool // since the first signal
 	ready       readiness
+	buffers     sync.Pool // of *[]byte, for lists
 }
 
 var errPanic = errors.New("panic")
@@ -102,7 +104,7 @@ func (s *server) routed(routes []route) http.Handler {
 // matches compares the escaped path with a pattern, segment by segment, and sets the path values. A
 // {name} stands for one segment that is not empty.
 func matches(pattern string, r *http.Request) bool {
-	path := r.URL.EscapedPath()
+	path := cmp.Or(r.URL.RawPath, r.URL.EscapedPath()) // EscapedPath alone loses %2F beside some odd bytes
 	for pattern != "" && path != "" {
 		var want, got string
 		want, pattern = firstSegment(pattern)

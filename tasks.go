@@ -12,12 +12,13 @@ import (
 
 const maxTitle = 200 // code points
 
-// A task as the API shows it. Its times are RFC 3339 texts.
+// A task. Its times are as PostgreSQL prints them in UTC, like 2026-11-23 04:05:06.7+00.
 type task struct {
 	id                   int64
 	userID               string
 	title                string
-	description          *string
+	description          string
+	hasDescription       bool // else it is null
 	isCompleted          bool
 	createdAt, updatedAt string
 }
@@ -28,20 +29,34 @@ func (t *task) appendJSON(b []byte) []byte {
 	b = appendJSONString(append(b, `,"user_id":`...), t.userID)
 	b = appendJSONString(append(b, `,"title":`...), t.title)
 	b = append(b, `,"description":`...)
-	if t.description == nil {
-		b = append(b, `null`...)
+	if t.hasDescription {
+		b = appendJSONString(b, t.description)
 	} else {
-		b = appendJSONString(b, *t.description)
+		b = append(b, `null`...)
 	}
 	b = strconv.AppendBool(append(b, `,"is_completed":`...), t.isCompleted)
-	b = append(append(b, `,"created_at":"`...), t.createdAt...)
-	b = append(append(b, `","updated_at":"`...), t.updatedAt...)
+	b = appendRFC3339(append(b, `,"created_at":"`...), t.createdAt)
+	b = appendRFC3339(append(b, `","updated_at":"`...), t.updatedAt)
 	return append(b, `"}`...)
+}
+
+// appendRFC3339 appends a time of PostgreSQL's in the form of RFC 3339, with six decimals.
+func appendRFC3339(b []byte, text string) []byte {
+	const decimals = ".000000"
+	text, utc := strings.CutSuffix(text, "+00")
+	if !utc || len(text) < 19 {
+		return append(b, text...) // infinity
+	}
+	day := strings.IndexByte(text, ' ')
+	b = append(append(append(b, text[:day]...), 'T'), text[day+1:]...)
+	return append(append(b, decimals[len(text)-day-len(" 04:05:06"):]...), 'Z')
 }
 
 // etag returns the task's entity tag (RFC 9110 section 8.8.3). updated_at moves with every change, so
 // it is a strong one.
-func (t *task) etag() string { return `"` + t.updatedAt + `"` }
+func (t *task) etag() string {
+	return string(append(appendRFC3339([]byte(`"`), t.updatedAt), '"'))
+}
 
 // write answers with the task.
 func (t *task) write(w *response, status int) error {
@@ -266,7 +281,7 @@ func (p precondition) times() *string {
 	return &list
 }
 
-// isRFC3339 reports whether text is a time just as rfc3339 writes it.
+// isRFC3339 reports whether text is a time just as appendRFC3339 writes it.
 func isRFC3339(text string) bool {
 	const layout = "2006-01-02T15:04:05.000000Z"
 	t, err := time.Parse(layout, text)
