@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/base64"
 	"errors"
 	"math"
@@ -37,7 +38,7 @@ func (a *authenticator) own(next func(*response, *http.Request, string) error) h
 		if err != nil {
 			return err
 		}
-		user, err := a.subject(r, token)
+		user, err := a.subject(r.Context(), token)
 		if err != nil {
 			return err
 		}
@@ -63,12 +64,12 @@ func bearer(lines []string) (string, error) {
 }
 
 // subject returns the user whom the token names, or errInvalidToken, errExpiredToken, or errJWKSDown.
-func (a *authenticator) subject(r *http.Request, token string) (string, error) {
+func (a *authenticator) subject(ctx context.Context, token string) (string, error) {
 	now, keys := float64(time.Now().UnixNano())/1e9, a.jwks.current()
 	v, ok := a.verified.load(token)
 	if !ok || v.keys != keys {
 		var err error
-		if v, err = a.judge(r, token, now); err != nil {
+		if v, err = a.judge(ctx, token, now); err != nil {
 			return "", err
 		}
 		v.keys = keys
@@ -81,7 +82,7 @@ func (a *authenticator) subject(r *http.Request, token string) (string, error) {
 }
 
 // judge checks all of a token but its expiry.
-func (a *authenticator) judge(r *http.Request, token string, now float64) (v verified, err error) {
+func (a *authenticator) judge(ctx context.Context, token string, now float64) (v verified, err error) {
 	signed, signature, ok := cutLast(token, ".")
 	head, body, ok2 := strings.Cut(signed, ".")
 	header, err := tokenPart(head)
@@ -95,11 +96,11 @@ func (a *authenticator) judge(r *http.Request, token string, now float64) (v ver
 	if _, critical := header.member("crit"); !ok || !algOK || critical > 0 {
 		return v, errInvalidToken // RFC 7515 section 4.1.11: no extension is understood here
 	}
-	return v, a.verify(r, header, alg, signed, sig)
+	return v, a.verify(ctx, header, alg, signed, sig)
 }
 
 // verify checks the signature with a key that is meant for alg.
-func (a *authenticator) verify(r *http.Request, header jsonValue, alg, signed string, signature []byte) error {
+func (a *authenticator) verify(ctx context.Context, header jsonValue, alg, signed string, signature []byte) error {
 	if alg == jwt.SigningMethodHS256.Alg() {
 		if a.secret == nil || jwt.SigningMethodHS256.Verify(signed, signature, a.secret) != nil {
 			return errInvalidToken
@@ -111,7 +112,7 @@ func (a *authenticator) verify(r *http.Request, header jsonValue, alg, signed st
 	if a.jwks == nil || method == nil || !ok {
 		return errInvalidToken
 	}
-	keys, err := a.jwks.keys(r.Context(), kid)
+	keys, err := a.jwks.keys(ctx, kid)
 	if err != nil {
 		return err
 	}

@@ -68,7 +68,7 @@ func (s *store) applySchema(ctx context.Context) error {
 	if err != nil || applied {
 		return err
 	}
-	return perform(ctx, s.probe, schema, nil, func([]driver.Value) error { return nil })
+	return perform(ctx, s.probe, schema, nil, discard)
 }
 
 // perform sends one statement over a connection of db, as careful.run does.
@@ -80,6 +80,9 @@ func perform(ctx context.Context, db *sql.DB, query string, args []driver.NamedV
 	defer conn.Close()
 	return conn.Raw(func(c any) error { return c.(*careful).run(ctx, query, args, row) })
 }
+
+// discard is for a result that does not matter.
+func discard([]driver.Value) error { return nil }
 
 // arguments are the values of $1, $2, …: strings, bools, int64s, byte slices, nil, and pointers to them.
 func arguments(values ...any) []driver.NamedValue {

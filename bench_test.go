@@ -1,0 +1,175 @@
+package main
+
+import (
+	"context"
+	"crypto/ed25519"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/golang-jwt/jwt/v5"
+)
+
+// Each part of a request stands beside a baseline that is measured in the same run. `make bench` reads
+// them with benchstat; the service as a whole is measured beside its peers with a load generator.
+
+func BenchmarkToken(b *testing.B) {
+	a := &authenticator{secret: []byte(testSecret)}
+	token := tokenFor(b, "ann")
+	public, private, _ := ed25519.GenerateKey(nil)
+	eddsa := jwt.NewWithClaims(jwt.SigningMethodEdDSA, jwt.MapClaims{"sub": "ann", "exp": time.Now().Add(time.Hour).Unix()})
+	eddsa.Header["kid"] = "k"
+	signed, _ := eddsa.SignedString(private)
+	keys := newJWKS("")
+	keys.known.Store(&[]jwk{{"k", []string{"EdDSA"}, public}})
+	check := func(a *authenticator, token string) func(*testing.B) {
+		return func(b *testing.B) {
+			for b.Loop() {
+				if _, err := a.subject(context.Background(), token); err != nil {
+					b.Fatal(err)
+				}
+			}
+		}
+	}
+	b.Run("HS256-first", check(a, token))
+	b.Run("HS256-again", check(&authenticator{secret: a.secret, verified: &tokenCache{}}, token))
+	b.Run("EdDSA-first", check(&authenticator{jwks: keys}, signed))
+	b.Run("EdDSA-again", check(&authenticator{jwks: keys, verified: &tokenCache{}}, signed))
+	b.Run("baseline=golang-jwt", func(b *testing.B) {
+		for b.Loop() {
+			if _, err := jwt.Parse(token, func(*jwt.Token) (any, error) { return a.secret, nil }, jwt.WithExpirationRequired()); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+}
+
+func BenchmarkDecode(b *testing.B) {
+	text := []byte(`{"title": "Write the release notes", "description": "with every change since \"1.0\"", "is_completed": false}`)
+	b.Run("ours", func(b *testing.B) {
+		for b.Loop() {
+			body, err := parseJSON(text)
+			var v validation
+			if in := v.taskInput(body, false); err != nil || v != nil || in.title == nil {
+				b.Fatal(err, v)
+			}
+		}
+	})
+	b.Run("baseline=encoding-json", func(b *testing.B) {
+		for b.Loop() {
+			var in struct {
+				Title       *string `json:"title"`
+				Description *string `json:"description"`
+				IsCompleted *bool   `json:"is_completed"`
+			}
+			if err := json.Unmarshal(text, &in); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+}
+
+func BenchmarkEncode(b *testing.B) {
+	t := task{id: 4711, userID: "ann", title: "Write the release notes", description: "with every change", hasDescription: true,
+		createdAt: "2026-11-23 04:05:06.7+00", updatedAt: "2026-11-23 04:05:06.789012+00"}
+	b.Run("ours", func(b *testing.B) {
+		var buffer []byte
+		for b.Loop() {
+			buffer = t.appendJSON(buffer[:0])
+		}
+	})
+	b.Run("baseline=encoding-json", func(b *testing.B) {
+		same := taskJSON{t.id, t.userID, t.title, &t.description, t.isCompleted, t.createdAt, t.updatedAt}
+		for b.Loop() {
+			if _, err := json.Marshal(same); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+}
+
+func BenchmarkCORS(b *testing.B) {
+	inner := http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})
+	for name, h := range map[string]http.Handler{"ours": cors([]string{"http://localhost:3000"}, inner), "baseline=none": inner} {
+		b.Run(name, func(b *testing.B) {
+			r := httptest.NewRequest("GET", "/", nil)
+			r.Header.Set("Origin", "http://localhost:3000")
+			for b.Loop() {
+				h.ServeHTTP(httptest.NewRecorder(), r)
+			}
+		})
+	}
+}
+
+// BenchmarkStore runs each statement, beside the cheapest one that there is.
+func BenchmarkStore(b *testing.B) {
+	s := newStore(newDatabase(b), 4, 10*time.Second)
+	defer s.close()
+	ctx, title := context.Background(), "a title"
+	fill(b, s)
+	for name, f := range map[string]func() error{
+		"task":           func() error { _, err := s.task(ctx, "ann", 7); return err },
+		"createTask":     func() error { _, err := s.createTask(ctx, "bob", "", taskInput{title: &title}); return err },
+		"createTask-key": func() error { _, err := s.createTask(ctx, "bob", "key", taskInput{title: &title}); return err },
+		"updateTask": func() error {
+			_, err := s.updateTask(ctx, "ann", 7, precondition{}, taskInput{title: &title})
+			return err
+		},
+		"chunk-20":          func() error { _, err := s.chunk(ctx, "ann", listQuery{sortBy: "id"}, 20, pageBytes, nil); return err },
+		"chunk-1000":        func() error { _, err := s.chunk(ctx, "ann", listQuery{sortBy: "id"}, 1000, pageBytes, nil); return err },
+		"baseline=SELECT-1": func() error { return perform(ctx, s.db, `SELECT $1::int`, arguments("1"), discard) },
+	} {
+		b.Run(name, func(b *testing.B) {
+			for b.Loop() {
+				if err := f(); err != nil && err != errEnough {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+// BenchmarkHandler sends whole requests over loopback connections, beside /health, which asks no database.
+func BenchmarkHandler(b *testing.B) {
+	s := newService(b)
+	s.log = slog.New(slog.NewJSONHandler(io.Discard, nil))
+	fill(b, s.tasks())
+	token := tokenFor(b, "ann")
+	for _, request := range []struct{ name, method, path, body string }{
+		{"get", "GET", "/api/ann/tasks/7", ""},
+		{"list-20", "GET", "/api/ann/tasks?limit=20", ""},
+		{"list-1000", "GET", "/api/ann/tasks", ""},
+		{"create", "POST", "/api/ann/tasks", `{"title": "a title"}`},
+		{"patch", "PATCH", "/api/ann/tasks/7", `{"is_completed": true}`},
+		{"baseline=health", "GET", "/health", ""},
+	} {
+		b.Run(request.name, func(b *testing.B) {
+			b.RunParallel(func(pb *testing.PB) {
+				for pb.Next() {
+					r, _ := http.NewRequest(request.method, s.url+request.path, strings.NewReader(request.body))
+					r.Header.Set("Authorization", "Bearer "+token)
+					if got := send(b, r); got.status > 299 {
+						b.Error(got.status, got.body)
+					}
+				}
+			})
+		})
+	}
+}
+
+// fill gives ann 1,000 tasks among those of 100 others.
+func fill(b *testing.B, s *store) {
+	b.Helper()
+	for _, users := range []string{"'ann'", "'user' || i % 100"} {
+		if err := perform(context.Background(), s.db, fmt.Sprintf(`INSERT INTO tasks (user_id, title, description)
+			SELECT %s, 'task number ' || i, 'what is to be done about ' || i FROM generate_series(1, 1000) i`, users), nil, discard); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
