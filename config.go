@@ -120,8 +120,11 @@ func checkJWKSURL(text string) error {
 	return nil
 }
 
-// quoted shows a value to the operator, cut where it is long.
+// quoted shows a value to the operator, cut where it is long, and without what may be a password.
 func quoted(text string) string {
+	if at := strings.LastIndex(text, "@"); at >= 0 {
+		text = "…" + text[at:]
+	}
 	if len(text) > 60 {
 		text = strings.ToValidUTF8(text[:60], "") + "…"
 	}

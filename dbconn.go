@@ -19,6 +19,7 @@ import (
 	"strings"
 	"syscall"
 	"time"
+	"unicode/utf8"
 
 	"github.com/lib/pq"
 	"github.com/lib/pq/pqerror"
@@ -97,11 +98,14 @@ func parseDatabaseURL(text string, getenv func(string) string) (cfg pq.Config, w
 // withoutValues takes what an error of lib/pq's parser quotes out of it: where a password holds what
 // should have been encoded, that may be a part of the password.
 func withoutValues(err error, params map[string]string) error {
-	text := err.Error()
+	var values []string
 	for _, list := range params {
-		for value := range strings.SplitSeq(list, ",") {
-			text = strings.ReplaceAll(text, strconv.Quote(value), "it")
-		}
+		values = append(append(values, list), strings.Split(list, ",")...)
+	}
+	slices.SortFunc(values, func(a, b string) int { return len(b) - len(a) }) // one may be a part of another
+	text := err.Error()
+	for _, value := range values {
+		text = strings.ReplaceAll(text, strconv.Quote(value), "it")
 	}
 	return errors.New(text)
 }
@@ -119,7 +123,7 @@ func urlParameters(text string) (map[string]string, error) {
 	var failed error
 	set := func(name, value string) {
 		value, err := url.PathUnescape(value)
-		if err != nil || strings.ContainsRune(value, 0) {
+		if err != nil || !utf8.ValidString(value) || strings.ContainsRune(value, 0) {
 			failed = fmt.Errorf("has a broken percent-encoding in its %s", name)
 		}
 		if value != "" {
@@ -189,6 +193,8 @@ func (c *connector) Driver() driver.Driver { return c.pq.Driver() }
 
 // Connect opens a connection. Its error is a connectError.
 func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel() // closes what is left of tries that came to nothing: lib/pq forgets one with sslmode=prefer
 	slot := &dialSlot{timeout: c.timeout}
 	inner, err := c.pq.Connect(context.WithValue(ctx, slotKey{}, slot))
 	if err != nil {
@@ -243,7 +249,7 @@ func (dialer) DialContext(ctx context.Context, network, address string) (net.Con
 		return nil, errors.Join(err, inner.Close())
 	}
 	slot.conn = &netConn{Conn: inner, raw: raw}
-	slot.stop = context.AfterFunc(ctx, func() { _ = inner.SetDeadline(time.Now()) })
+	slot.stop = context.AfterFunc(ctx, func() { _ = inner.Close() })
 	return slot.conn, nil
 }
 
@@ -383,10 +389,10 @@ func (c *careful) judge(err error) error {
 // database, a certificate that does not fit, a schema that cannot be applied.
 func isStartupError(err error) bool {
 	if e := pq.As(err); e != nil {
-		if pq.As(err, "42P07", "42701", "42710") != nil { // duplicate table, column, object:
+		if pq.As(err, "42P07", "42701", "42710", "23505") != nil { // duplicate table, column, object, name:
 			return false // somebody else made it at the same moment
 		}
-		return slices.Contains([]pqerror.Class{"28", "3D", "42", "22", "0A", "P0"}, e.Code.Class())
+		return slices.Contains([]pqerror.Class{"28", "3D", "42", "22", "23", "0A", "P0"}, e.Code.Class())
 	}
 	var verification *tls.CertificateVerificationError
 	var authority x509.UnknownAuthorityError

@@ -234,7 +234,8 @@ func startDevDB(ctx context.Context, f devFolder, log *slog.Logger, onExit func(
 			return nil, err
 		}
 	}
-	args := []string{"-D", data, "-k", socket, "-p", "5432", "-c", "listen_addresses=", "-c", "unix_socket_permissions=0700"}
+	quoted := `"` + strings.ReplaceAll(socket, `"`, `""`) + `"` // an element of a list
+	args := []string{"-D", data, "-k", quoted, "-p", "5432", "-c", "listen_addresses=", "-c", "unix_socket_permissions=0700"}
 	for _, setting := range settings {
 		args = append(args, "-c", setting)
 	}
@@ -260,10 +261,9 @@ func startDevDB(ctx context.Context, f devFolder, log *slog.Logger, onExit func(
 	if err = <-started; err != nil {
 		return nil, err
 	}
-	db.config, _, err = parseDatabaseURL("postgres://taskflow@/postgres?host="+url.PathEscape(socket), func(string) string { return "" })
-	if err != nil {
-		return nil, err
-	}
+	// by hand, since the environment, PGPORT for one, has a say in what a URL means
+	db.config = pq.Config{Host: socket, Port: 5432, User: "taskflow", Database: "postgres", SSLMode: pq.SSLModeDisable, ApplicationName: "taskflow",
+		ClientEncoding: "UTF8", Datestyle: "ISO, MDY", BinaryParameters: true, Runtime: map[string]string{"timezone": "UTC"}}
 	db.await(ctx)
 	log.Info("private PostgreSQL started", "folder", f.path, "programs", programs)
 	return db, nil
@@ -328,7 +328,7 @@ func lock(path string) (*os.File, error) {
 	if err := syscall.Flock(int(file.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
 		_ = file.Close()
 		return nil, fmt.Errorf("another taskflow is running with the private PostgreSQL in %s: stop it, or give this one a DATABASE_URL (the other's is 'postgres://taskflow@/postgres?host=%s')",
-			filepath.Dir(path), filepath.Dir(path))
+			filepath.Dir(path), url.PathEscape(filepath.Dir(path)))
 	}
 	return file, nil
 }
@@ -346,16 +346,20 @@ func endStale(ctx context.Context, data string) error {
 	if err != nil || pid <= 1 {
 		return nil
 	}
-	// Only the answering socket shows that the process is that server and not another one of that number.
-	if conn, err := net.Dial("unix", filepath.Join(lines[4], socketName)); err == nil {
-		_ = conn.Close()
-		if err := syscall.Kill(pid, syscall.SIGINT); err != nil {
-			return fmt.Errorf("stopping the PostgreSQL that was left behind (process %d): %w", pid, err)
+	answered := false
+	for start := time.Now(); time.Since(start) < stopPatience && ctx.Err() == nil; time.Sleep(20 * time.Millisecond) {
+		if _, err := os.Stat(pidFile); err != nil || syscall.Kill(pid, 0) == syscall.ESRCH {
+			return nil
 		}
-	}
-	for end := time.Now().Add(stopPatience); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
-		if _, err := os.Stat(pidFile); err != nil || syscall.Kill(pid, 0) == syscall.ESRCH || ctx.Err() != nil {
-			break
+		// Only the answering socket shows that the process is that server and not another one of that number.
+		if conn, err := net.Dial("unix", filepath.Join(lines[4], socketName)); err == nil {
+			answered = true
+			_ = conn.Close()
+			if err := syscall.Kill(pid, syscall.SIGINT); err != nil {
+				return fmt.Errorf("stopping the PostgreSQL that was left behind (process %d): %w", pid, err)
+			}
+		} else if !answered && time.Since(start) > time.Second {
+			return os.Remove(pidFile) // else PostgreSQL would take that other process for its server
 		}
 	}
 	return ctx.Err()

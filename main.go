@@ -251,8 +251,8 @@ func serve(ctx context.Context, cfg config, stdout, stderr io.Writer) (err error
 	select {
 	case <-signals.Done():
 		stopSignals() // a second signal ends the process at once
-		logger.Info("stopping")
 		s.draining.Store(true)
+		logger.Info("stopping")
 		err = shutdown(httpServer, abandon, failed)
 	case err = <-failed:
 		_ = httpServer.Close()

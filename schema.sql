@@ -30,7 +30,9 @@ DO $$
 DECLARE
   types text := (SELECT string_agg(format_type(atttypid, atttypmod), ',' ORDER BY attname) FROM pg_attribute
     WHERE attrelid = 'tasks'::regclass AND attname IN ('id', 'user_id', 'title', 'description', 'created_at', 'updated_at'));
-  counter text := pg_get_serial_sequence('tasks', 'id');
+  counter text := coalesce(pg_get_serial_sequence('tasks', 'id'), (
+    SELECT substring(column_default FROM '^nextval\(''(.*)''::regclass\)$') FROM information_schema.columns
+    WHERE table_schema = current_schema() AND table_name = 'tasks' AND column_name = 'id'));
 BEGIN
   IF types <> 'timestamp with time zone,text,bigint,text,timestamp with time zone,text' THEN
     ALTER TABLE tasks

@@ -52,10 +52,14 @@ func (s *store) close() error { return errors.Join(s.db.Close(), s.probe.Close()
 // schemaApplied asks the database whether schema.sql has been applied in full.
 func (s *store) schemaApplied(ctx context.Context) (applied bool, err error) {
 	const query = `SELECT to_regclass('tasks_user_id_idempotency_key_idx') IS NOT NULL`
-	err = perform(ctx, s.probe, query, nil, func(row []driver.Value) error {
-		applied = row[0] == true
-		return nil
-	})
+	for range 2 { // again, since the connection may have ended while it was idle
+		if err = perform(ctx, s.probe, query, nil, func(row []driver.Value) error {
+			applied = row[0] == true
+			return nil
+		}); err == nil {
+			break
+		}
+	}
 	return applied, err
 }
 

@@ -1,0 +1,262 @@
+package main
+
+import (
+	"cmp"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/lib/pq"
+)
+
+// useAll uses all routes as a user who has no tasks yet.
+func (s *service) useAll(t testing.TB, user string) {
+	t.Helper()
+	path := "/api/" + user + "/tasks"
+	first := s.as(t, user, "POST", path, `{"title":"new"}`, "Idempotency-Key", "key").task(t)
+	s.as(t, user, "POST", path, `{"title":"new"}`, "Idempotency-Key", "key").is(t, 201, mustJSON(t, first))
+	second := s.create(t, user, "second")
+	one := fmt.Sprintf("%s/%d", path, first.ID)
+	changed := s.as(t, user, "PATCH", one, `{"title":"changed"}`).task(t)
+	if second.ID <= first.ID || changed.Title != "changed" || changed.UpdatedAt <= first.UpdatedAt {
+		t.Errorf("%+v was changed to %+v, then came %+v", first, changed, second)
+	}
+	s.as(t, user, "GET", one, "").is(t, 200, mustJSON(t, changed))
+	s.as(t, user, "GET", path, "").is(t, 200, mustJSON(t, []taskJSON{changed, second}))
+	s.as(t, user, "GET", path+"?sort_by=created_at&order=desc&limit=5&search=E", "").is(t, 200, mustJSON(t, []taskJSON{second, changed}))
+	s.as(t, user, "DELETE", one, "").is(t, 204, "")
+	s.as(t, user, "GET", one, "").is(t, 404, `{"detail":"Task not found"}`)
+}
+
+// apply brings a database to the schema as a start does.
+func apply(t testing.TB, database pq.Config) error {
+	s := newStore(database, 1, 10*time.Second)
+	defer s.close()
+	return s.applySchema(t.Context())
+}
+
+// The tables of the earlier service, as SQLModel and those who cared for it since may have left them.
+var earlierTables = map[string]string{
+	"serial": `
+		CREATE TABLE tasks (id SERIAL PRIMARY KEY, user_id VARCHAR NOT NULL, title VARCHAR(200) NOT NULL, description VARCHAR,
+			is_completed BOOLEAN NOT NULL, created_at TIMESTAMP WITHOUT TIME ZONE NOT NULL, updated_at TIMESTAMP WITHOUT TIME ZONE NOT NULL);
+		CREATE INDEX ix_tasks_user_id ON tasks (user_id);`,
+	"reordered": `
+		CREATE TABLE users (id VARCHAR PRIMARY KEY); INSERT INTO users VALUES ('ann'), ('bob');
+		CREATE TABLE tasks (updated_at TIMESTAMP(3) NOT NULL DEFAULT now(), gone INTEGER, created_at TIMESTAMP NOT NULL DEFAULT now(), is_completed BOOLEAN NOT NULL,
+			description TEXT DEFAULT 'none', title VARCHAR(255) NOT NULL CHECK (title <> ''), user_id VARCHAR(36) NOT NULL REFERENCES users (id), id SERIAL PRIMARY KEY);
+		ALTER TABLE tasks DROP COLUMN gone;
+		CREATE TABLE comments (task_id INTEGER REFERENCES tasks (id) ON DELETE CASCADE);`,
+	"nullable": `
+		CREATE TABLE tasks (id BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY, user_id TEXT, title TEXT, description TEXT,
+			is_completed BOOLEAN, created_at TIMESTAMPTZ, updated_at TIMESTAMPTZ);
+		SET TIME ZONE 'UTC';`,
+}
+
+const earlierRows = `INSERT INTO tasks (user_id, title, description, is_completed, created_at, updated_at) VALUES `
+
+func TestATableOfTheEarlierServiceIsAdopted(t *testing.T) {
+	t.Parallel()
+	const rows = earlierRows + `('ann', 'one', 'with 🎈', true, '2024-03-10 02:30:00.123', '2024-11-03 01:30:00'), -- neither is a time in New York
+		('ann', 'two', NULL, false, '1999-12-31 23:59:59.999', '2038-01-19 03:14:08.5'), ('ann', 'three', '', false, '2024-07-01', '2024-07-01 12:00'),
+		('ann', 'deleted', '', true, now(), now()); DELETE FROM tasks WHERE title = 'deleted';`
+	balloon, empty := "with 🎈", ""
+	want := []taskJSON{
+		{1, "ann", "one", &balloon, true, "2024-03-10T02:30:00.123000Z", "2024-11-03T01:30:00.000000Z"},
+		{2, "ann", "two", nil, false, "1999-12-31T23:59:59.999000Z", "2038-01-19T03:14:08.500000Z"},
+		{3, "ann", "three", &empty, false, "2024-07-01T00:00:00.000000Z", "2024-07-01T12:00:00.000000Z"},
+	}
+	const unowned = `ALTER SEQUENCE tasks_id_seq OWNED BY NONE;`
+	tests := []struct {
+		name, table, after string
+		next               int64 // 4 was the deleted one's
+	}{
+		{"as SQLModel made it", "serial", "", 5},
+		{"columns in another order, foreign keys", "reordered", "", 5},
+		{"identity, columns that may be null", "nullable", "", 5},
+		{"a sequence that is not the column's", "serial", unowned + `ALTER SEQUENCE tasks_id_seq RENAME TO "Odd (1)"`, 5},
+		{"no sequence", "serial", unowned + `ALTER TABLE tasks ALTER id DROP DEFAULT; DROP SEQUENCE tasks_id_seq`, 4},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			database := newDatabaseFrom(t, "template1")
+			ask(t, database, `ALTER DATABASE `+database.Database+` SET timezone = 'America/New_York'`)
+			elsewhere := database.Clone() // as a pooler may have it
+			elsewhere.Runtime["timezone"] = "America/New_York"
+			ask(t, elsewhere, earlierTables[test.table]+rows+test.after)
+			if err := apply(t, elsewhere); err != nil {
+				t.Fatal(err)
+			}
+			ask(t, elsewhere, schema) // a rerun, which no start does
+			s := newServiceWithin(t, database, 2, 10*time.Second)
+			s.as(t, "ann", "GET", "/api/ann/tasks", "").is(t, 200, mustJSON(t, want))
+			if id := s.create(t, "ann", "next").ID; id != test.next {
+				t.Errorf("the next id is %d, want %d", id, test.next)
+			}
+			s.useAll(t, "bob")
+			if test.table == "reordered" {
+				ask(t, database, `INSERT INTO comments VALUES (1)`)
+				s.as(t, "ann", "DELETE", "/api/ann/tasks/1", "").is(t, 204, "")
+				if n := ask(t, database, `SELECT count(*) FROM comments`); n != "0" {
+					t.Error("the foreign key of another table is lost")
+				}
+			}
+		})
+	}
+}
+
+func TestWhatTheEarlierServiceLeftEmptyIsFilledIn(t *testing.T) {
+	t.Parallel()
+	database := newDatabaseFrom(t, "template1")
+	ask(t, database, earlierTables["nullable"]+earlierRows+`('ann', 'a', 'd', NULL, NULL, '2024-01-01'), ('ann', 'b', 'd', true, '2024-01-02', NULL), ('ann', 'c', 'd', NULL, NULL, NULL)`)
+	if err := apply(t, database); err != nil {
+		t.Fatal(err)
+	}
+	tasks := newServiceWithin(t, database, 2, 10*time.Second).as(t, "ann", "GET", "/api/ann/tasks", "").tasks(t)
+	if len(tasks) != 3 || tasks[0].IsCompleted || tasks[0].CreatedAt != "2024-01-01T00:00:00.000000Z" || !tasks[1].IsCompleted ||
+		tasks[1].UpdatedAt != "2024-01-02T00:00:00.000000Z" || tasks[2].CreatedAt != tasks[2].UpdatedAt || !isRFC3339(tasks[2].CreatedAt) {
+		t.Errorf("%+v", tasks)
+	}
+}
+
+func TestADatabaseThatCannotBeUsedIsAStartupErrorThatSaysWhy(t *testing.T) {
+	t.Parallel()
+	serial := earlierTables["serial"] + earlierRows + `('ann', 'a', '', true, now(), now());`
+	tests := []struct{ template, script, role, want string }{
+		{"template0 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C'", "", "", "must be encoded in UTF8, not LATIN1"},
+		{"template0 ENCODING 'SQL_ASCII' LC_COLLATE 'C' LC_CTYPE 'C'", "", "", "must be encoded in UTF8, not SQL_ASCII"},
+		{"template1", serial + `CREATE ROLE stranger; GRANT ALL ON SCHEMA public TO stranger`, "stranger", "must be owner of table tasks"},
+		{"template1", `CREATE ROLE guest`, "guest", "permission denied for schema public"},
+		{"template1", earlierTables["nullable"] + earlierRows + `(NULL, 'a', 'd', NULL, NULL, NULL)`, "", `"user_id"`},
+		{"template1", `CREATE TABLE tasks (id integer, name text)`, "", "column"},
+		{"template1", `CREATE VIEW tasks AS SELECT 1 AS id`, "", "tasks"},
+		{"template1", serial + `CREATE VIEW v AS SELECT title FROM tasks`, "", "view"},
+	}
+	for _, test := range tests {
+		t.Run(test.want, func(t *testing.T) {
+			t.Parallel()
+			database := newDatabaseFrom(t, test.template)
+			if ask(t, database, test.script+";"); test.role != "" {
+				ask(t, database, `ALTER ROLE `+test.role+` LOGIN`)
+			}
+			const relations = `SELECT string_agg(relname, ' ' ORDER BY relname) FROM pg_class WHERE relnamespace = 'public'::regnamespace`
+			before, by := ask(t, database, relations), database.Clone()
+			by.User = cmp.Or(test.role, by.User)
+			if err := apply(t, by); err == nil || !isStartupError(err) || !strings.Contains(err.Error(), test.want) {
+				t.Errorf("%v, want a start-up error with %q", err, test.want)
+			}
+			if after := ask(t, database, relations); after != before {
+				t.Errorf("left %s, there was %s", after, before)
+			}
+		})
+	}
+}
+
+func TestAnAppliedSchemaNeedsNoRightsButThoseOnTheRows(t *testing.T) {
+	t.Parallel()
+	database := newDatabase(t)
+	ask(t, database, `CREATE ROLE clerk LOGIN; GRANT SELECT, INSERT, UPDATE, DELETE ON tasks TO clerk`)
+	database.User = "clerk"
+	if err := apply(t, database); err != nil {
+		t.Fatal(err)
+	}
+	newServiceWithin(t, database, 2, 10*time.Second).useAll(t, "ann")
+}
+
+func TestTheTableMayBePartitionedByUserAndChangeWhileInUse(t *testing.T) {
+	t.Parallel()
+	database := newDatabaseFrom(t, "template1")
+	ask(t, database, strings.Replace(schema, "(user_id, id)\n);", "(user_id, id)\n) PARTITION BY HASH (user_id);", 1))
+	for i := range 3 {
+		ask(t, database, fmt.Sprintf(`CREATE TABLE part%d PARTITION OF tasks FOR VALUES WITH (MODULUS 3, REMAINDER %[1]d)`, i))
+	}
+	s := newServiceWithin(t, database, 1, 10*time.Second)
+	for i := range 8 {
+		s.useAll(t, fmt.Sprint("user", i))
+	}
+	if n := ask(t, database, `SELECT count(DISTINCT tableoid) FROM tasks`); n != "3" {
+		t.Errorf("%s partitions are used", n)
+	}
+	ask(t, database, `ALTER TABLE tasks ALTER title TYPE varchar(300), ALTER description TYPE varchar, ADD COLUMN more integer`)
+	s.useAll(t, "ann")
+}
+
+func TestReadinessAsksTheDatabaseAtMostTwiceASecond(t *testing.T) {
+	t.Parallel()
+	p := newProxy(t, newDatabase(t))
+	s := newServiceWithin(t, p.config, 1, 10*time.Second)
+	p.treat("to_regclass", "")
+	start := time.Now()
+	for time.Since(start) < 1200*time.Millisecond {
+		s.as(t, "", "GET", "/ready", "").is(t, 200, `{"status":"ready"}`)
+	}
+	if most := int(time.Since(start)/(500*time.Millisecond)) + 1; p.count() > most || p.count() < 2 {
+		t.Errorf("asked %d times in %s", p.count(), time.Since(start))
+	}
+}
+
+func TestReadinessTellsHowTheDatabaseIs(t *testing.T) {
+	t.Parallel()
+	database := newDatabase(t)
+	p := newProxy(t, database)
+	s := newServiceWithin(t, p.config, 2, 600*time.Millisecond)
+	ready := func(status int) {
+		t.Helper()
+		s.ready.mu.Lock()
+		s.ready.next = time.Time{} // as if the last answer were old
+		s.ready.mu.Unlock()
+		s.as(t, "", "GET", "/ready", "").is(t, status, map[int]string{200: `{"status":"ready"}`, 503: unavailable}[status])
+	}
+	ready(200)
+	terminate(t, database) // its idle connection, that is
+	ready(200)
+	p.treat("to_regclass", "lose")
+	ready(200)
+	ask(t, database, `ALTER INDEX tasks_user_id_idempotency_key_idx RENAME TO gone`)
+	ready(503)
+	ask(t, database, `ALTER INDEX gone RENAME TO tasks_user_id_idempotency_key_idx`)
+	ready(200)
+	release := hold(t, database, `LOCK TABLE tasks`)
+	var group sync.WaitGroup
+	for _, user := range []string{"ann", "bob", "cid"} {
+		group.Go(func() { s.as(t, user, "GET", "/api/"+user+"/tasks", "").is(t, 503, unavailable) })
+	}
+	eventually(t, "the pool is taken", func() bool { return others(t, database, waiting) == "2" })
+	ready(200)
+	group.Wait()
+	release()
+	p.treat("SELECT", "stall")
+	start := time.Now()
+	if ready(503); time.Since(start) > 1600*time.Millisecond {
+		t.Errorf("took %s", time.Since(start))
+	}
+	p.treat("", "")
+	ready(200)
+}
+
+func TestOneUsersFloodLeavesRoomForOthers(t *testing.T) {
+	t.Parallel()
+	database := newDatabase(t)
+	s := newServiceWithin(t, database, 4, 10*time.Second)
+	path := fmt.Sprintf("/api/ann/tasks/%d", s.create(t, "ann", "mine").ID)
+	release := hold(t, database, `SELECT FROM tasks FOR UPDATE`)
+	var group sync.WaitGroup
+	for range 20 {
+		group.Go(func() { s.as(t, "ann", "PATCH", path, `{"is_completed":true}`).task(t) })
+	}
+	eventually(t, "the flood waits", func() bool { return others(t, database, waiting) == "2" })
+	for i := range 10 {
+		s.useAll(t, fmt.Sprint("bob", i))
+	}
+	if n := others(t, database, waiting); n != "2" {
+		t.Errorf("%s statements of the flood run", n)
+	}
+	release()
+	group.Wait()
+	if n := len(s.store.Load().users.held); n != 0 {
+		t.Errorf("%d users are remembered", n)
+	}
+}
