@@ -346,23 +346,31 @@ func endStale(ctx context.Context, data string) error {
 	if err != nil || pid <= 1 {
 		return nil
 	}
-	answered := false
+	if !isPostgres(pid) {
+		return os.Remove(pidFile) // another process has that number now; PostgreSQL would take it for its server
+	}
 	for start := time.Now(); time.Since(start) < stopPatience && ctx.Err() == nil; time.Sleep(20 * time.Millisecond) {
 		if _, err := os.Stat(pidFile); err != nil || syscall.Kill(pid, 0) == syscall.ESRCH {
 			return nil
 		}
-		// Only the answering socket shows that the process is that server and not another one of that number.
+		// Only the answering socket shows that the process is that server and not another PostgreSQL.
 		if conn, err := net.Dial("unix", filepath.Join(lines[4], socketName)); err == nil {
-			answered = true
 			_ = conn.Close()
 			if err := syscall.Kill(pid, syscall.SIGINT); err != nil {
 				return fmt.Errorf("stopping the PostgreSQL that was left behind (process %d): %w", pid, err)
 			}
-		} else if !answered && time.Since(start) > time.Second {
-			return os.Remove(pidFile) // else PostgreSQL would take that other process for its server
 		}
 	}
 	return ctx.Err()
+}
+
+// isPostgres reports whether the process is called postgres, or its name is not to be had.
+func isPostgres(pid int) bool {
+	name, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
+	if err != nil {
+		name, err = exec.Command("ps", "-o", "comm=", "-p", strconv.Itoa(pid)).Output()
+	}
+	return err != nil || strings.Contains(string(name), "postgres")
 }
 
 // stop ends the server: it closes its connections, writes what it must, and goes. If it does not, it is made to.
