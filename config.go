@@ -112,12 +112,16 @@ func checkJWKSURL(text string) error {
 	if err != nil || u.Hostname() == "" || u.Scheme != "https" && u.Scheme != "http" {
 		return errors.New("must be a URL like https://app.example.com/api/auth/jwks")
 	}
-	addr, err := netip.ParseAddr(u.Hostname())
-	local := u.Hostname() == "localhost" || err == nil && addr.IsLoopback()
-	if u.Scheme == "http" && !local {
+	if u.Scheme == "http" && !isLoopback(u.Hostname()) {
 		return errors.New("must begin with https://, except to localhost")
 	}
 	return nil
+}
+
+// isLoopback reports whether host, without a port, is this machine's own name or address.
+func isLoopback(host string) bool {
+	addr, err := netip.ParseAddr(host)
+	return host == "localhost" || err == nil && addr.IsLoopback()
 }
 
 // quoted shows a value to the operator, cut where it is long, and without what may be a password.

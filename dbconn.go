@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"net/netip"
 	"net/url"
 	"path/filepath"
 	"reflect"
@@ -167,9 +166,7 @@ func urlParameters(text string) (map[string]string, error) {
 
 // isLocal reports whether host, one of a URL's, names this machine: a socket directory or loopback.
 func isLocal(host string) bool {
-	addr, err := netip.ParseAddr(host)
-	return host == "" || host == "localhost" || filepath.IsAbs(host) || strings.HasPrefix(host, "@") ||
-		err == nil && addr.IsLoopback()
+	return host == "" || filepath.IsAbs(host) || strings.HasPrefix(host, "@") || isLoopback(host)
 }
 
 // A connector opens careful connections; it is what sql.OpenDB takes.
@@ -314,9 +311,12 @@ func (c *careful) checkDirect(ctx context.Context) error {
 	})
 }
 
+// errEnough from row gives up the rest of a result, and the connection with it.
+var errEnough = errors.New("enough read")
+
 // run sends one statement and hands each row of its result to row; what is in it is valid until row
-// returns. It has read the server's last word when it returns without an error. When row returns
-// one, the rest is given up, and the connection with it. driver.ErrBadConn says that nothing was sent.
+// returns. It has read the server's last word when it returns without an error. driver.ErrBadConn says
+// that nothing was sent.
 func (c *careful) run(ctx context.Context, query string, args []driver.NamedValue, row func([]driver.Value) error) error {
 	if !c.net.quiet() {
 		c.broken = true
@@ -376,10 +376,12 @@ func (c *careful) judge(err error) error {
 		return err
 	}
 	c.broken = true
-	if !c.net.wrote {
+	switch {
+	case err == errEnough:
+		return err
+	case !c.net.wrote:
 		return driver.ErrBadConn
-	}
-	if errors.Is(err, driver.ErrBadConn) {
+	case errors.Is(err, driver.ErrBadConn):
 		return errInDoubt // without the driver's error in it, which says that the statement was not sent
 	}
 	return fmt.Errorf("%w: %w", errInDoubt, err)

@@ -19,6 +19,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -416,7 +417,8 @@ func TestConnectionsThatTheServerHasClosedAreNoticedBeforeAStatementIsSent(t *te
 	t.Parallel()
 	const size = 12
 	database := newDatabase(t)
-	s := newServiceWithin(t, database, size, 10*time.Second)
+	p := newProxy(t, database)
+	s := newServiceWithin(t, p.config, size, 10*time.Second)
 	for range 3 {
 		var group sync.WaitGroup
 		for i := range 2 * size {
@@ -425,6 +427,7 @@ func TestConnectionsThatTheServerHasClosedAreNoticedBeforeAStatementIsSent(t *te
 		}
 		group.Wait()
 		terminate(t, database)
+		eventually(t, "the connections are closed", func() bool { return p.open.Load() == 0 })
 	}
 	if n := ask(t, database, `SELECT count(*) FROM tasks`); n != fmt.Sprint(3*2*size) {
 		t.Errorf("%s tasks", n)
@@ -515,8 +518,9 @@ func TestOneHostOfTwoMayBeDownOrHanging(t *testing.T) {
 func TestAFailedTryToConnectLeavesNoConnectionOpen(t *testing.T) {
 	t.Parallel()
 	p := newProxy(t, newDatabase(t))
-	p.config.SSLMode = pq.SSLModePrefer // the cluster has no TLS: a second try without it
-	p.treat("\x04\xd2\x16\x2f", "")     // SSLRequest
+	defer debug.SetGCPercent(debug.SetGCPercent(-1)) // which would close it too
+	p.config.SSLMode = pq.SSLModePrefer              // the cluster has no TLS: a second try without it
+	p.treat("\x04\xd2\x16\x2f", "")                  // SSLRequest
 	s := newServiceWithin(t, p.config, 1, 5*time.Second)
 	s.as(t, "ann", "GET", "/api/ann/tasks", "").is(t, 200, `[]`)
 	if p.count() != 1 {

@@ -6,7 +6,6 @@ import (
 	_ "embed"
 	"encoding/base64"
 	"net/http"
-	"net/netip"
 	"net/url"
 )
 
@@ -51,10 +50,4 @@ func contentHash(element string) string {
 	text, _, _ := bytes.Cut(rest, []byte("</"+element+">"))
 	sum := sha256.Sum256(text)
 	return "'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) + "'"
-}
-
-// isLoopback reports whether host, without a port, is this machine's own name or address.
-func isLoopback(host string) bool {
-	addr, err := netip.ParseAddr(host)
-	return host == "localhost" || err == nil && addr.IsLoopback()
 }

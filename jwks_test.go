@@ -173,7 +173,7 @@ func TestEveryAlgorithmOfBetterAuthWorksEndToEnd(t *testing.T) {
 
 func TestAKeyVerifiesOnlyItsOwnAlgorithm(t *testing.T) {
 	t.Parallel()
-	algorithms := []string{"EdDSA", "ES256", "ES512", "RS256", "PS256", "HS256", "ES384", "PS512", "none", ""}
+	algorithms := []string{"EdDSA", "ES256", "ES512", "RS256", "PS256", "HS256", "PS512", "none", ""}
 	var keys []string
 	for name := range algorithmsOf {
 		for _, own := range algorithms {
@@ -186,14 +186,15 @@ func TestAKeyVerifiesOnlyItsOwnAlgorithm(t *testing.T) {
 		for name := range algorithmsOf {
 			for _, signing := range algorithmsOf[name] {
 				for _, alg := range algorithms {
+					kids := map[string]bool{} // whether the key may verify what it was signed with
+					for _, own := range algorithms {
+						kids[name+" "+own] = own == signing || own == ""
+					}
 					for other := range algorithmsOf {
-						for _, kid := range []string{other, other + "2", other + " ", other + " " + signing, other + " " + alg, other + " HS256", other + " none"} {
-							want := tokenInvalid
-							if alg == signing && (kid == name || kid == name+" " || kid == name+" "+signing) {
-								want = tokenGood
-							}
-							a.says(t, want, "ann", tokenBy(t, name, signing, alg, kid))
-						}
+						kids[other], kids[other+"2"] = other == name, false
+					}
+					for kid, may := range kids {
+						a.says(t, map[bool]string{true: tokenGood, false: tokenInvalid}[may && alg == signing], "ann", tokenBy(t, name, signing, alg, kid))
 					}
 				}
 			}
@@ -286,6 +287,7 @@ func TestKeysComeAndGoInTime(t *testing.T) {
 		go a.jwks.refresh(ctx)
 		until(5*time.Second - 1) // nothing works but the secret, and nobody is signed out
 		a.saysBy(t, tokenInDoubt, "ed", "rsa")
+		a.says(t, tokenInvalid, "ann", tokenBy(t, "p256", "ES256", "ES384", "p256")) // whatever the keys
 		a.says(t, tokenGood, "ann", withSecret(t, headerHS256, claimsOfAnn))
 		e.answer.Store(answers(0, 200, keySet("ed", "rsa")))
 		until(5 * time.Second)

@@ -287,16 +287,13 @@ func (s *store) chunk(ctx context.Context, user string, q listQuery, n, maxBytes
 			return nil
 		})
 		c.last = q.place(last)
-		if errors.Is(err, errEnough) {
+		if err == errEnough {
 			return nil
 		}
 		return err
 	})
 	return c, err
 }
-
-// errEnough ends the reading of a result.
-var errEnough = errors.New("enough read")
 
 // statement composes the statement that reads n tasks from q.after on, and its arguments. Only words
 // of this file go into its text.

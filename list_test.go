@@ -341,6 +341,7 @@ func FuzzCursor(f *testing.F) {
 	f.Add("ann", "id", false, int64(7), "", "", "AAAA")
 	f.Add("b\x00b", "title", true, int64(-1), " a  b ", "x", "")
 	f.Add("é", "created_at", true, int64(1<<62), "2026-01-02T03:04:05.000000Z", "%", "====")
+	f.Add("x", "created_at", false, int64(1), "2026-01-02T03:04:05.+10000Z", "", "")
 	f.Add("", "updated_at", false, int64(0), "9999-12-31T23:59:59.999999Z", "", "\n")
 	f.Fuzz(func(t *testing.T, user, sortBy string, descending bool, id int64, value, search, cursor string) {
 		q := listQuery{sortBy: sortBy, descending: descending, search: search}

@@ -13,6 +13,7 @@ import (
 	"mime"
 	"net/http"
 	"net/url"
+	"os"
 	"regexp"
 	"runtime/debug"
 	"strconv"
@@ -318,9 +319,12 @@ func readBody(w *response, r *http.Request) (jsonValue, error) {
 		return jsonValue{}, tooLarge
 	case r.Context().Err() != nil:
 		return jsonValue{}, fmt.Errorf("reading the body: %w", context.Cause(r.Context()))
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		w.Header()["Connection"] = []string{"close"}
+		return jsonValue{}, &httpError{http.StatusRequestTimeout, "Request body too slow"}
 	case err != nil:
 		w.Header()["Connection"] = []string{"close"}
-		return jsonValue{}, &httpError{http.StatusBadRequest, "Request body incomplete or too slow: " + strconv.Itoa(text.Len()) + " bytes arrived"}
+		return jsonValue{}, &httpError{http.StatusBadRequest, "Request body incomplete or malformed"}
 	}
 	_ = control.SetReadDeadline(time.Time{})
 	if types, ok := r.Header["Content-Type"]; ok && !isJSON(types) {

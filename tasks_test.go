@@ -355,10 +355,11 @@ const (
 func problems(list ...string) string { return `{"detail":[` + strings.Join(list, ",") + `]}` }
 
 func problem(kind, loc, msg, input string, ctx ...string) string {
-	if ctx != nil {
-		ctx[0] = `,"ctx":{` + ctx[0] + `}`
+	text := fmt.Sprintf(`{"type":%q,"loc":[%s],"msg":%q,"input":%s`, kind, loc, msg, input)
+	for _, members := range ctx {
+		text += `,"ctx":{` + members + `}`
 	}
-	return fmt.Sprintf(`{"type":%q,"loc":[%s],"msg":%q,"input":%s%s}`, kind, loc, msg, input, strings.Join(ctx, ""))
+	return text + "}"
 }
 
 func invalidJSON(offset int, msg string) string {
@@ -421,48 +422,28 @@ func (s *service) behindLock(t testing.TB, n int, f func(int), statement string,
 	calls.Wait()
 }
 
-func TestEveryRouteJudgesPathThenTokenThenOwner(t *testing.T) {
+func TestEveryRouteJudgesTheTokenThenTheOwner(t *testing.T) {
 	t.Parallel()
 	s := newService(t)
 	mine := s.create(t, "ann", "mine")
 	expired, _ := s.auth.developmentToken("ann", -time.Second)
 	own := fmt.Sprintf("/api/ann/tasks/%d", mine.ID)
-	routes := []struct{ method, path, body string }{
-		{"GET", "/api/ann/tasks", ""}, {"HEAD", "/api/ann/tasks", ""}, {"POST", "/api/ann/tasks", `{"title":"x"}`},
-		{"GET", own, ""}, {"HEAD", own, ""}, {"PATCH", own, `{}`}, {"DELETE", own, ""},
-	}
-	tokens := []struct {
-		name, authorization string
-		status              int
-		detail              string
-	}{
-		{"none", "", 401, "Invalid authorization header"},
-		{"another scheme", "Basic YW5uOnB3", 401, "Invalid authorization header"},
-		{"nonsense", "Bearer x.y.z", 401, "Invalid token"},
-		{"expired", "Bearer " + expired, 401, "Token expired"},
-		{"another user's", "Bearer " + tokenFor(t, "bob"), 403, "Forbidden"},
-	}
-	for _, route := range routes {
-		for _, token := range tokens {
-			t.Run(route.method+" "+token.name, func(t *testing.T) {
-				headers := []string{"Authorization", token.authorization}
-				if token.authorization == "" {
-					headers = nil
-				}
-				got := s.as(t, "", route.method, route.path, route.body, headers...)
-				want := fmt.Sprintf(`{"detail":%q}`, token.detail)
-				if route.method == "HEAD" {
-					want = got.body
-				}
-				got.is(t, token.status, want)
-				challenge := ""
-				if token.status == 401 {
-					challenge = "Bearer"
-				}
-				if got.header.Get("WWW-Authenticate") != challenge {
-					t.Errorf("WWW-Authenticate is %q", got.header.Get("WWW-Authenticate"))
-				}
-			})
+	for _, request := range []string{"GET /api/ann/tasks", "HEAD /api/ann/tasks", "POST /api/ann/tasks", "GET " + own, "HEAD " + own, "PATCH " + own, "DELETE " + own} {
+		method, path, _ := strings.Cut(request, " ")
+		for authorization, detail := range map[string]string{"": "Invalid authorization header", "Basic YW5uOnB3": "Invalid authorization header", "Bearer x.y.z": "Invalid token",
+			"Bearer " + expired: "Token expired", "Bearer " + tokenFor(t, "bob"): "Forbidden"} {
+			status, challenge, headers := 401, "Bearer", []string{"Authorization", authorization}
+			if detail == "Forbidden" {
+				status, challenge = 403, ""
+			}
+			if authorization == "" {
+				headers = nil
+			}
+			got := s.as(t, "", method, path, `{"title":"x"}`, headers...)
+			want := map[bool]string{false: fmt.Sprintf(`{"detail":%q}`, detail)}[method == "HEAD"]
+			if got.is(t, status, want).header.Get("WWW-Authenticate") != challenge {
+				t.Errorf("%s with %q: WWW-Authenticate is %q", request, authorization, got.header["WWW-Authenticate"])
+			}
 		}
 	}
 	s.as(t, "ann", "GET", own, "").is(t, 200, mustJSON(t, mine))
@@ -921,6 +902,7 @@ func TestIfMatchGuardsPatchAndDelete(t *testing.T) {
 		{[]string{`"x"`}, false}, {[]string{`W/TAG`}, false}, {[]string{``}, false}, {[]string{`2026`}, false}, {[]string{`"TAG`}, false}, {[]string{`W/*`}, false}, {[]string{`"*"`}, false},
 		{[]string{`"`}, false}, {[]string{`"2026-01-02T03:04:05.1Z"`}, false}, {[]string{`"2026-01-02 03:04:05.1+00"`}, false}, {[]string{`"now"`, `"infinity"`}, false},
 		{[]string{`"}"`, `"{"`, `"NULL"`, `"\"`, `"a,b"`, `""`, "\"\xff\""}, false}, {[]string{`"2026-02-30T00:00:00.000000Z"`, `"0000-01-01T00:00:00.000000Z"`}, false},
+		{[]string{`"2026-01-02T03:04:05.+10000Z"`, `"2026-01-02T03:04:05,100000Z"`, `"2026-01-02T24:00:00.000000Z"`}, false},
 	} {
 		for method, body := range map[string]string{"PATCH": `{"title":"new"}`, "DELETE": ""} {
 			task := s.create(t, "ann", "old")
