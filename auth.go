@@ -15,9 +15,10 @@ import (
 )
 
 var (
-	errNoBearer     = errors.New("no bearer token")
-	errInvalidToken = errors.New("invalid token")
-	errExpiredToken = errors.New("expired token")
+	errNoBearer     = &httpError{http.StatusUnauthorized, "Invalid authorization header"}
+	errInvalidToken = &httpError{http.StatusUnauthorized, "Invalid token"}
+	errExpiredToken = &httpError{http.StatusUnauthorized, "Token expired"}
+	errForbidden    = &httpError{http.StatusForbidden, "Forbidden"}
 )
 
 const maxSubject = 255 // bytes
@@ -44,7 +45,7 @@ func (a *authenticator) own(next func(*response, *http.Request, string) error) h
 		}
 		w.user = user
 		if r.PathValue("user_id") != user {
-			return &httpError{http.StatusForbidden, "Forbidden"}
+			return errForbidden
 		}
 		return next(w, r, user)
 	}

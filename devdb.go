@@ -197,7 +197,7 @@ type devDB struct {
 
 // startDevDB starts the PostgreSQL of a folder, making its data first if there are none. settings are
 // for its command line. onExit is called when it ends.
-func startDevDB(ctx context.Context, f devFolder, log *slog.Logger, onExit func(error), settings ...string) (db *devDB, err error) {
+func startDevDB(ctx context.Context, f devFolder, log *slog.Logger, onExit func(error), settings ...string) (running *devDB, err error) {
 	data := filepath.Join(f.path, "data")
 	version, err := os.ReadFile(filepath.Join(data, "PG_VERSION"))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -207,7 +207,7 @@ func startDevDB(ctx context.Context, f devFolder, log *slog.Logger, onExit func(
 	if err != nil {
 		return nil, err
 	}
-	db = &devDB{exited: make(chan struct{})}
+	db := &devDB{exited: make(chan struct{})}
 	if db.lock, err = lock(filepath.Join(f.path, "lock")); err != nil {
 		return nil, err
 	}

@@ -220,7 +220,7 @@ func (s *server) logRequest(w *response, r *http.Request, id string, took time.D
 	s.log.LogAttrs(context.Background(), level, "request", attrs...)
 }
 
-// An httpError is an answer that says all there is to say.
+// An httpError is an answer that says all there is to say: the public words for an error.
 type httpError struct {
 	status int
 	detail string
@@ -240,16 +240,6 @@ func (s *server) fail(w *response, r *http.Request, err error) {
 		status, detail = public.status, public.detail
 	case errors.As(err, &faults):
 		status, detail = http.StatusUnprocessableEntity, faults
-	case errors.Is(err, errNotFound):
-		status, detail = http.StatusNotFound, "Task not found"
-	case errors.Is(err, errModified):
-		status, detail = http.StatusPreconditionFailed, "Task has been modified"
-	case errors.Is(err, errNoBearer):
-		status, detail = http.StatusUnauthorized, "Invalid authorization header"
-	case errors.Is(err, errInvalidToken):
-		status, detail = http.StatusUnauthorized, "Invalid token"
-	case errors.Is(err, errExpiredToken):
-		status, detail = http.StatusUnauthorized, "Token expired"
 	case !isBug(err): // all that is left comes from the database, or the JWKS
 		status, detail = http.StatusServiceUnavailable, "Service temporarily unavailable"
 		h.Set("Retry-After", "1")

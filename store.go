@@ -8,6 +8,7 @@ import (
 	_ "embed"
 	"errors"
 	"fmt"
+	"net/http"
 	"sync"
 	"time"
 
@@ -18,8 +19,8 @@ import (
 var schema string
 
 var (
-	errNotFound    = errors.New("no such task")
-	errModified    = errors.New("the task does not match the precondition")
+	errNotFound    = &httpError{http.StatusNotFound, "Task not found"}
+	errModified    = &httpError{http.StatusPreconditionFailed, "Task has been modified"}
 	errKeyReused   = errors.New("the idempotency key belongs to another body")
 	errUnavailable = errors.New("database not available")
 )
