@@ -81,7 +81,7 @@ func originFault(origin string) string {
 		return "there is no such port"
 	}
 	if host := u.Hostname(); strings.HasPrefix(u.Host, "[") {
-		if addr, err := netip.ParseAddr(host); err != nil || addr.Zone() != "" || addr.String() != host {
+		if addr, err := netip.ParseAddr(host); err != nil || addr.String() != host {
 			return "the IPv6 address must be in its shortest form"
 		}
 	} else if strings.Trim(host, "abcdefghijklmnopqrstuvwxyz0123456789-_.") != "" || strings.HasPrefix(host, ".") || strings.Contains(host, "..") {

@@ -32,7 +32,8 @@ func (p *process) paste(t testing.TB) string {
 		t.Fatalf("no line to paste:\n%s", &p.output)
 	}
 	if _, err := exec.LookPath("curl"); err == nil {
-		return string(must(exec.Command("sh", "-c", line[0]).Output()))
+		out, _ := exec.Command("sh", "-c", line[0]).Output()
+		return string(out)
 	}
 	r := must(http.NewRequest("GET", line[2], nil))
 	r.Header.Set("Authorization", line[1])
@@ -162,6 +163,13 @@ func TestWithoutServerProgramsOneMessageSaysWhatToInstall(t *testing.T) {
 	t.Setenv("PATH", "")
 	defer func(places []string) { programPlaces = places }(programPlaces)
 	if _, err := findPrograms("9"); err == nil || !strings.Contains(err.Error(), "PostgreSQL 9") || !errors.Is(err, errNoPostgres) {
+		t.Error(err)
+	}
+	programPlaces = []string{t.TempDir()}
+	for name, does := range map[string]string{"postgres": "echo 'postgres (PostgreSQL) 15.0'", "initdb": "echo no room; exit 1"} {
+		must(0, os.WriteFile(filepath.Join(programPlaces[0], name), []byte("#!/bin/sh\n"+does+"\n"), 0o755))
+	}
+	if _, err := startDevDB(t.Context(), devFolder{path: t.TempDir()}, slog.New(slog.DiscardHandler), nil); err == nil || !strings.Contains(err.Error(), "no room") {
 		t.Error(err)
 	}
 	programPlaces = nil

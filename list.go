@@ -143,7 +143,7 @@ func (q listQuery) checksum(user string, k keyset) []byte {
 
 // decodeCursor returns the place that cursor stands for in this list, or nil.
 func (q listQuery) decodeCursor(user, cursor string) *keyset {
-	b, err := base64.RawURLEncoding.Strict().DecodeString(cursor)
+	b, err := base64.RawURLEncoding.DecodeString(cursor)
 	if err != nil || len(b) < 12 {
 		return nil
 	}

@@ -148,7 +148,7 @@ func newServiceOn(t testing.TB, auth *authenticator) *service {
 	logs := &logRecorder{}
 	auth.verified = &tokenCache{}
 	s := &service{&server{auth: auth, origins: []string{"http://localhost:3000", "https://app.example.com"}, log: slog.New(logs)}, "", logs}
-	ts := httptest.NewUnstartedServer(s.handler())
+	ts := httptest.NewUnstartedServer(asDescribed(t, s.handler()))
 	ts.Listener = patientListener{ts.Listener}
 	ts.Config.DisableGeneralOptionsHandler = true
 	ts.Start()
