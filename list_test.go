@@ -301,7 +301,7 @@ func TestAListThatBreaksBreaksTheConnection(t *testing.T) {
 			t.Errorf("the list, broken: %t, ends after %d bytes with %v", breaks, len(text), err)
 		}
 	}
-	if lines := s.logs.at(slog.LevelError); len(lines) != 1 || !strings.Contains(lines[0], "does not exist") {
+	if lines := s.logs.at(slog.LevelWarn); len(lines) != 1 || !strings.Contains(lines[0], "does not exist") {
 		t.Errorf("logged %q", lines)
 	}
 }

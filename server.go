@@ -206,6 +206,9 @@ func (s *server) logged(next http.Handler) http.Handler {
 // logRequest writes the one line about a request. A bug is an error, an outage a warning.
 func (s *server) logRequest(w *response, r *http.Request, id string, took time.Duration) {
 	level := slog.LevelInfo
+	if r.Method == http.MethodHead {
+		w.bytes = 0
+	}
 	attrs := []slog.Attr{
 		slog.String("method", r.Method), slog.String("route", r.Pattern), slog.Int("status", w.status),
 		slog.Float64("duration_ms", float64(took.Microseconds())/1000), slog.Int64("bytes", w.bytes),
@@ -213,7 +216,7 @@ func (s *server) logRequest(w *response, r *http.Request, id string, took time.D
 	}
 	if w.cause != nil {
 		attrs = append(attrs, slog.String("error", w.cause.Error()))
-		if level = slog.LevelWarn; w.status != http.StatusServiceUnavailable && r.Context().Err() == nil {
+		if level = slog.LevelWarn; isBug(w.cause) {
 			level = slog.LevelError
 		}
 	}
