@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"strings"
@@ -132,26 +131,32 @@ func TestWhatTheEarlierServiceLeftEmptyIsFilledIn(t *testing.T) {
 func TestADatabaseThatCannotBeUsedIsAStartupErrorThatSaysWhy(t *testing.T) {
 	t.Parallel()
 	serial := earlierTables["serial"] + earlierRows + `('ann', 'a', '', true, now(), now());`
-	tests := []struct{ template, script, role, want string }{
-		{"template0 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C'", "", "", "must be encoded in UTF8, not LATIN1"},
-		{"template0 ENCODING 'SQL_ASCII' LC_COLLATE 'C' LC_CTYPE 'C'", "", "", "must be encoded in UTF8, not SQL_ASCII"},
-		{"template1", serial + `CREATE ROLE stranger; GRANT ALL ON SCHEMA public TO stranger`, "stranger", "must be owner of table tasks"},
-		{"template1", `CREATE ROLE guest`, "guest", "permission denied for schema public"},
-		{"template1", earlierTables["nullable"] + earlierRows + `(NULL, 'a', 'd', NULL, NULL, NULL)`, "", `"user_id"`},
-		{"template1", `CREATE TABLE tasks (id integer, name text)`, "", "column"},
-		{"template1", `CREATE VIEW tasks AS SELECT 1 AS id`, "", "tasks"},
-		{"template1", serial + `CREATE VIEW v AS SELECT title FROM tasks`, "", "view"},
+	const everybody = `GRANT ALL ON SCHEMA public TO PUBLIC`
+	tests := []struct {
+		template, script string
+		guest            bool
+		want             string
+	}{
+		{"template0 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C'", "", false, "must be encoded in UTF8, not LATIN1"},
+		{"template0 ENCODING 'SQL_ASCII' LC_COLLATE 'C' LC_CTYPE 'C'", "", false, "must be encoded in UTF8, not SQL_ASCII"},
+		{"template1", serial + everybody, true, "must be owner of table tasks"},
+		{"template1", "", true, "permission denied for schema public"},
+		{"template1", earlierTables["nullable"] + earlierRows + `(NULL, 'a', 'd', NULL, NULL, NULL)`, false, `"user_id"`},
+		{"template1", `CREATE TABLE tasks (id integer, name text)`, false, "column"},
+		{"template1", `CREATE VIEW tasks AS SELECT 1 AS id`, false, "tasks"},
+		{"template1", serial + `CREATE VIEW v AS SELECT title FROM tasks`, false, "view"},
 	}
 	for _, test := range tests {
 		t.Run(test.want, func(t *testing.T) {
 			t.Parallel()
 			database := newDatabaseFrom(t, test.template)
-			if ask(t, database, test.script+";"); test.role != "" {
-				ask(t, database, `ALTER ROLE `+test.role+` LOGIN`)
-			}
+			ask(t, database, test.script+";")
 			const relations = `SELECT string_agg(relname, ' ' ORDER BY relname) FROM pg_class WHERE relnamespace = 'public'::regnamespace`
 			before, by := ask(t, database, relations), database.Clone()
-			by.User = cmp.Or(test.role, by.User)
+			if test.guest {
+				by.User = by.Database
+				ask(t, database, `CREATE ROLE `+by.User+` LOGIN`)
+			}
 			if err := apply(t, by); err == nil || !isStartupError(err) || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("%v, want a start-up error with %q", err, test.want)
 			}
@@ -168,8 +173,9 @@ func TestAnAppliedSchemaNeedsNoRightsButThoseOnTheRows(t *testing.T) {
 	if err := apply(t, database); err != nil {
 		t.Fatal(err)
 	}
-	ask(t, database, `CREATE ROLE clerk LOGIN; GRANT SELECT, INSERT, UPDATE, DELETE ON tasks TO clerk`)
-	database.User = "clerk"
+	database.User = database.Database
+	must(0, administer(`CREATE ROLE `+database.User+` LOGIN`))
+	ask(t, clusterConfig(database.Database), `GRANT SELECT, INSERT, UPDATE, DELETE ON tasks TO `+database.User)
 	if err := apply(t, database); err != nil {
 		t.Fatal(err)
 	}
