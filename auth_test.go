@@ -250,7 +250,7 @@ func TestIssuerAndAudienceAreCheckedWhenSet(t *testing.T) {
 		{true, false, false, false}: {``, `,"iss":{},"iss":"\u0000","aud":false,"aud":[[],"\ud800"]`},
 		{true, true, true, true}:    {iss + aud, aud + `,"iss":"https:\/\/app.example.com"`, iss + `,"aud":["` + origin + `"]`, iss + `,"aud":[ "x" , "` + origin + `" ]`, iss + `,"aud":["` + origin + `","\ud800"]`, iss + `,"AUD":"x"` + aud},
 		{true, true, false, false}: {
-			iss, iss + `,"aud":["x","y"]`, iss + `,"aud":[]`, iss + `,"aud":[null]`, iss + `,"aud":null`, iss + `,"aud":""`, iss + `,"aud":5`, iss + `,"AUD":"` + origin + `"`, iss + aud + aud, iss + aud + `,"a\u0075d":["` + origin + `"]`, iss + `,"aud":["` + origin + `",5]`,
+			iss, iss + `,"aud":["https:","` + origin + `.evil.example",""]`, iss + `,"aud":[]`, iss + `,"aud":[null]`, iss + `,"aud":null`, iss + `,"aud":""`, iss + `,"aud":5`, iss + `,"AUD":"` + origin + `"`, iss + aud + aud, iss + aud + `,"a\u0075d":["` + origin + `"]`, iss + `,"aud":["` + origin + `",5]`,
 			iss + `,"aud":[null,"` + origin + `"]`, iss + `,"aud":[["` + origin + `"]]`, iss + `,"aud":{"` + origin + `":1}`, iss + `,"aud":"` + origin + `/"`, iss + `,"aud":"HTTPS://app.example.com"`, iss + `,"aud":"` + origin + ` x"`,
 		},
 		{true, false, true, false}: {aud, iss + iss + aud, aud + `,"iss":["` + origin + `"]`, aud + `,"iss":null`, aud + `,"iss":""`, aud + `,"iss":5`, aud + `,"iss":"` + origin + `/"`, aud + `,"ISS":"` + origin + `"`},

@@ -135,27 +135,35 @@ func reachable(dir string, account *syscall.Credential) bool {
 	}
 }
 
-// developmentSecret returns the secret that is kept in the folder, made at the first call.
+// developmentSecret returns the secret that is kept in the folder, made at the first call. It gets its
+// name when it is whole, and only once, so that processes which start together end with the same one.
 func developmentSecret() ([]byte, error) {
 	f, err := openDevFolder()
 	if err != nil {
 		return nil, err
 	}
 	path := filepath.Join(f.path, "secret")
-	// O_EXCL and rename: of two processes that start together both end with the same secret
-	fresh := fmt.Sprintf("%s.%d", path, os.Getpid())
-	if err := os.WriteFile(fresh, []byte(rand.Text()+rand.Text()), 0o600); err != nil {
-		return nil, err
+	for {
+		secret, err := os.ReadFile(path)
+		if err == nil && len(secret) < minSecret {
+			err = fmt.Errorf("%s is too short: remove it", path)
+		}
+		if !errors.Is(err, fs.ErrNotExist) {
+			return secret, err
+		}
+		fresh, err := os.CreateTemp(f.path, "secret.*")
+		if err != nil {
+			return nil, err
+		}
+		_, err = fresh.WriteString(rand.Text() + rand.Text())
+		err = errors.Join(err, fresh.Close())
+		if err == nil {
+			err = os.Link(fresh.Name(), path)
+		}
+		if removed := os.Remove(fresh.Name()); err != nil && !errors.Is(err, fs.ErrExist) {
+			return nil, errors.Join(err, removed)
+		}
 	}
-	defer os.Remove(fresh)
-	if err := os.Link(fresh, path); err != nil && !errors.Is(err, fs.ErrExist) {
-		return nil, err
-	}
-	secret, err := os.ReadFile(path)
-	if err == nil && len(secret) < minSecret {
-		err = fmt.Errorf("%s is too short: remove it", path)
-	}
-	return secret, err
 }
 
 // findPrograms returns the folder with the newest server programs, or those of the given major

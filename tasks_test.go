@@ -442,7 +442,7 @@ func TestEveryRouteJudgesTheTokenThenTheOwner(t *testing.T) {
 			got := s.as(t, "", method, path, `{"title":"x"}`, headers...)
 			want := map[bool]string{false: fmt.Sprintf(`{"detail":%q}`, detail)}[method == "HEAD"]
 			if got.is(t, status, want).header.Get("WWW-Authenticate") != challenge {
-				t.Errorf("%s with %q: WWW-Authenticate is %q", request, authorization, got.header["WWW-Authenticate"])
+				t.Errorf("%s with %q: WWW-Authenticate is %q", request, authorization, got.header.Get("WWW-Authenticate"))
 			}
 		}
 	}
