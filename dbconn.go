@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/url"
 	"path/filepath"
@@ -398,5 +399,6 @@ func isStartupError(err error) bool {
 	}
 	var verification *tls.CertificateVerificationError
 	var authority x509.UnknownAuthorityError
-	return errors.As(err, &verification) || errors.As(err, &authority) || errors.Is(err, pq.ErrSSLNotSupported)
+	var file *fs.PathError // sslrootcert, sslcert, sslkey
+	return errors.As(err, &verification) || errors.As(err, &authority) || errors.As(err, &file) || errors.Is(err, pq.ErrSSLNotSupported)
 }

@@ -85,6 +85,9 @@ func (f devFolder) prepare() error {
 	if err := os.Mkdir(f.path, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
+	if info, err := os.Lstat(f.path); err != nil || !info.IsDir() {
+		return errors.Join(fmt.Errorf("%s must be a folder", f.path), err)
+	}
 	if f.account != nil {
 		if err := os.Chown(f.path, int(f.account.Uid), int(f.account.Gid)); err != nil {
 			return err

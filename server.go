@@ -384,8 +384,8 @@ func (c *readiness) check(ctx context.Context, s *store) error {
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), min(readyTimeout, s.timeout))
 	defer cancel()
-	c.next = time.Now().Add(readyPeriod)
 	applied, err := s.schemaApplied(ctx)
+	c.next = time.Now().Add(readyPeriod) // from the answer on: those who waited for it take it
 	if c.err = err; err == nil && !applied {
 		c.err = fmt.Errorf("%w: the schema is not in place", errUnavailable)
 	}
