@@ -325,7 +325,12 @@ func (c *careful) run(ctx context.Context, query string, args []driver.NamedValu
 	}
 	stop := context.AfterFunc(ctx, func() { _ = c.net.SetDeadline(time.Now().Add(cancelGrace)) })
 	err := c.judge(c.exchange(ctx, query, args, row))
-	c.broken = !stop() || c.broken // a deadline was set, or will be: not a connection for others
+	if !stop() || ctx.Err() != nil {
+		c.broken = true // a deadline was set, or will be: not a connection for others
+		if err == nil { // a commit whose wait for the synchronous standby was cancelled looks like a success
+			err = fmt.Errorf("%w: %w", errInDoubt, context.Cause(ctx))
+		}
+	}
 	return err
 }
 

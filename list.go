@@ -20,7 +20,7 @@ const (
 	maxLimit  = 1000 // tasks on a page that was asked for with limit
 	// A list without limit is read and sent in chunks of at most this many tasks, or bytes.
 	chunkTasks = 1024
-	chunkBytes = 1 << 20
+	chunkBytes = 1 << 19
 	// A page with limit goes out whole, up to this many bytes; then it ends early, with a next page.
 	pageBytes = 8 << 20
 )

@@ -310,8 +310,8 @@ func readBody(w *response, r *http.Request) (jsonValue, error) {
 	switch {
 	case text.Len() > maxBody:
 		return jsonValue{}, tooLarge
-	case r.Context().Err() != nil:
-		return jsonValue{}, fmt.Errorf("reading the body: %w", context.Cause(r.Context()))
+	case context.Cause(r.Context()) == errUnavailable: // net/http itself cancels the context when a read fails
+		return jsonValue{}, fmt.Errorf("reading the body: %w", errUnavailable)
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		w.Header()["Connection"] = []string{"close"}
 		return jsonValue{}, &httpError{http.StatusRequestTimeout, "Request body too slow"}
