@@ -249,6 +249,9 @@ func (s *server) streamTasks(w *response, r *http.Request, user string, q listQu
 			w.cause = err
 			panic(http.ErrAbortHandler)
 		}
+		if len(c.json) == 1 { // the tasks that were to follow the comma have been deleted meanwhile
+			c.json = c.json[:0]
+		}
 	}
 }
 

@@ -306,6 +306,19 @@ func TestAListThatBreaksBreaksTheConnection(t *testing.T) {
 	}
 }
 
+func TestAListWhoseRestIsDeletedMeanwhileIsStillJSON(t *testing.T) {
+	t.Parallel()
+	s := newServiceWith(t, newDatabase(t), 1)
+	s.fill(t, 600, 100_000)
+	response := s.raw(t, "GET /api/ann/tasks HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer "+tokenFor(t, "ann"))
+	s.exec(t, `DELETE FROM tasks`)
+	text, err := io.ReadAll(response.Body)
+	var tasks []taskJSON
+	if jsonErr := json.Unmarshal(text, &tasks); err != nil || jsonErr != nil || len(tasks) == 600 {
+		t.Errorf("%d tasks in %d bytes, %v, %v", len(tasks), len(text), err, jsonErr)
+	}
+}
+
 func TestEveryListIsReadFromAnIndexOfTheUser(t *testing.T) {
 	t.Parallel()
 	s := newService(t)
