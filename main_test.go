@@ -195,6 +195,30 @@ func TestASignalLetsRequestsFinish(t *testing.T) {
 	}
 }
 
+func TestWhatHasNotFinishedAfter25SecondsGetsA503(t *testing.T) {
+	t.Parallel()
+	database := newDatabase(t)
+	ask(t, database, `INSERT INTO tasks (user_id, title) VALUES ('demo', 'mine')`)
+	p := start(t, t.TempDir(), append(productionOn(database), "DB_POOL_TIMEOUT=30s"))
+	p.await(t, `"ready"`)
+	release := hold(t, database, `SELECT FROM tasks FOR UPDATE`)
+	answer := make(chan reply, 1)
+	go func() { answer <- p.as(t, testSecret, "DELETE", "/api/demo/tasks/1", "") }()
+	eventually(t, "the request is in flight", func() bool { return others(t, database, waiting) == "1" })
+	began := time.Now()
+	_ = p.Process.Signal(syscall.SIGTERM)
+	got := <-answer
+	got.is(t, 503, `{"detail":"Service temporarily unavailable"}`)
+	if took := time.Since(began).Round(time.Second); took < 24*time.Second || took > 27*time.Second || got.header.Get("Retry-After") == "" {
+		t.Errorf("answered after %s: %v", took, got.header)
+	}
+	p.exits(t, 0, "stopping")
+	release()
+	if left := ask(t, database, `SELECT count(*) FROM tasks`); left != "1" {
+		t.Errorf("%s tasks are left", left)
+	}
+}
+
 func TestWhatCannotWorkEndsTheStartAndSaysWhy(t *testing.T) {
 	t.Parallel()
 	taken := must(net.Listen("tcp", "127.0.0.1:0"))
