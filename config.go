@@ -55,9 +55,9 @@ func parseConfig(getenv func(string) string) (config, error) {
 		jwksURL:     getenv("BETTER_AUTH_JWKS_URL"),
 		issuer:      getenv("BETTER_AUTH_ISSUER"),
 		audience:    getenv("BETTER_AUTH_AUDIENCE"),
+		host:        getenv("HOST"),
 		port:        value("PORT", "8000"),
 	}
-	c.host = getenv("HOST")
 	if c.host == "" && c.development {
 		c.host = "127.0.0.1"
 	}
@@ -89,15 +89,12 @@ func parseConfig(getenv func(string) string) (config, error) {
 	if n, err := strconv.ParseUint(c.port, 10, 16); err != nil || n == 0 {
 		fault("PORT", "must be a number from 1 to 65535, not %s", quoted(c.port))
 	}
-	if text := value("DB_POOL_SIZE", strconv.Itoa(defaultPoolSize)); true {
-		if c.poolSize, err = strconv.Atoi(text); err != nil || c.poolSize < 1 {
-			fault("DB_POOL_SIZE", "must be a positive number of connections, not %s", quoted(text))
-		}
+	size, timeout := value("DB_POOL_SIZE", strconv.Itoa(defaultPoolSize)), value("DB_POOL_TIMEOUT", "5s")
+	if c.poolSize, err = strconv.Atoi(size); err != nil || c.poolSize < 1 {
+		fault("DB_POOL_SIZE", "must be a positive number of connections, not %s", quoted(size))
 	}
-	if text := value("DB_POOL_TIMEOUT", "5s"); true {
-		if c.poolTimeout, err = time.ParseDuration(text); err != nil || c.poolTimeout <= 0 || c.poolTimeout > maxPoolTimeout {
-			fault("DB_POOL_TIMEOUT", "must be a duration like 5s or 500ms, at most %s, not %s", maxPoolTimeout, quoted(text))
-		}
+	if c.poolTimeout, err = time.ParseDuration(timeout); err != nil || c.poolTimeout <= 0 || c.poolTimeout > maxPoolTimeout {
+		fault("DB_POOL_TIMEOUT", "must be a duration like 5s or 500ms, at most %s, not %s", maxPoolTimeout, quoted(timeout))
 	}
 	if faults != nil {
 		return c, configError{errors.Join(faults...)}

@@ -3,8 +3,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"crypto/rand"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -13,7 +11,6 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
-	"os/user"
 	"path/filepath"
 	"reflect"
 	"runtime"
@@ -49,124 +46,6 @@ var programPlaces = []string{
 	"/usr/local/opt/postgresql*/bin",                     // Homebrew on Intel
 	"/Applications/Postgres.app/Contents/Versions/*/bin", // Postgres.app
 	"/usr/local/pgsql/bin", "/home/linuxbrew/.linuxbrew/opt/postgresql*/bin",
-}
-
-// A devFolder is where the private PostgreSQL and the generated secret live.
-type devFolder struct {
-	path    string
-	account *syscall.Credential // whom the programs run as; nil: ourselves
-}
-
-// openDevFolder returns .taskflow in the working directory, made if need be. PostgreSQL refuses to
-// run as root: then it runs as an unprivileged user, and where that user cannot reach the working
-// directory, the folder is in /var/lib.
-func openDevFolder() (devFolder, error) {
-	cwd, err := os.Getwd()
-	if err != nil {
-		return devFolder{}, err
-	}
-	f := devFolder{path: filepath.Join(cwd, ".taskflow")}
-	if os.Getuid() == 0 {
-		if f.account, err = unprivileged(f.path); err != nil {
-			return f, err
-		}
-		if !reachable(cwd, f.account) {
-			f.path = fmt.Sprintf("/var/lib/taskflow-%x", sha256.Sum256([]byte(cwd)))[:len("/var/lib/taskflow-")+12]
-			if f.account, err = unprivileged(f.path); err != nil {
-				return f, err
-			}
-		}
-	}
-	return f, f.prepare()
-}
-
-// prepare makes the folder private, and the account's.
-func (f devFolder) prepare() error {
-	if err := os.Mkdir(f.path, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
-		return err
-	}
-	if info, err := os.Lstat(f.path); err != nil || !info.IsDir() {
-		return errors.Join(fmt.Errorf("%s must be a folder", f.path), err)
-	}
-	if f.account != nil {
-		if err := os.Chown(f.path, int(f.account.Uid), int(f.account.Gid)); err != nil {
-			return err
-		}
-	}
-	if err := os.Chmod(f.path, 0o700); err != nil {
-		return fmt.Errorf("%w: the folder belongs to somebody else; remove it, or work somewhere else", err)
-	}
-	return nil
-}
-
-// unprivileged returns the owner of folder if it exists and is not root's, else postgres or nobody.
-func unprivileged(folder string) (*syscall.Credential, error) {
-	if info, err := os.Stat(folder); err == nil {
-		if owner := info.Sys().(*syscall.Stat_t); owner.Uid != 0 {
-			return &syscall.Credential{Uid: owner.Uid, Gid: owner.Gid}, nil
-		}
-	}
-	for _, name := range []string{"postgres", "nobody"} {
-		if u, err := user.Lookup(name); err == nil {
-			uid, _ := strconv.ParseUint(u.Uid, 10, 32)
-			gid, _ := strconv.ParseUint(u.Gid, 10, 32)
-			return &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}, nil
-		}
-	}
-	return nil, errors.New("PostgreSQL does not run as root, and there is neither a user postgres nor nobody: start as an ordinary user")
-}
-
-// reachable reports whether the account may search dir and all above it.
-func reachable(dir string, account *syscall.Credential) bool {
-	for ; ; dir = filepath.Dir(dir) {
-		info, err := os.Stat(dir)
-		if err != nil {
-			return false
-		}
-		owner, search := info.Sys().(*syscall.Stat_t), fs.FileMode(0o001)
-		if owner.Uid == account.Uid {
-			search = 0o100
-		} else if owner.Gid == account.Gid {
-			search = 0o010
-		}
-		if info.Mode()&search == 0 {
-			return false
-		}
-		if dir == filepath.Dir(dir) {
-			return true
-		}
-	}
-}
-
-// developmentSecret returns the secret that is kept in the folder, made at the first call. It gets its
-// name when it is whole, and only once, so that processes which start together end with the same one.
-func developmentSecret() ([]byte, error) {
-	f, err := openDevFolder()
-	if err != nil {
-		return nil, err
-	}
-	path := filepath.Join(f.path, "secret")
-	for {
-		secret, err := os.ReadFile(path)
-		if err == nil && len(secret) < minSecret {
-			err = fmt.Errorf("%s is too short: remove it", path)
-		}
-		if !errors.Is(err, fs.ErrNotExist) {
-			return secret, err
-		}
-		fresh, err := os.CreateTemp(f.path, "secret.*")
-		if err != nil {
-			return nil, err
-		}
-		_, err = fresh.WriteString(rand.Text() + rand.Text())
-		err = errors.Join(err, fresh.Close())
-		if err == nil {
-			err = os.Link(fresh.Name(), path)
-		}
-		if removed := os.Remove(fresh.Name()); err != nil && !errors.Is(err, fs.ErrExist) {
-			return nil, errors.Join(err, removed)
-		}
-	}
 }
 
 // findPrograms returns the folder with the newest server programs, or those of the given major
@@ -235,15 +114,9 @@ func startDevDB(ctx context.Context, f devFolder, log *slog.Logger, onExit func(
 	} else if err := endStale(ctx, data); err != nil {
 		return nil, err
 	}
-	socket := f.path
-	if len(filepath.Join(socket, socketName)) > maxSocketPath {
-		if socket, err = os.MkdirTemp("", "taskflow"); err != nil {
-			return nil, err
-		}
-		db.socket = socket
-		if err := (devFolder{socket, f.account}).prepare(); err != nil {
-			return nil, err
-		}
+	socket, err := db.socketFolder(f)
+	if err != nil {
+		return nil, err
 	}
 	quoted := `"` + strings.ReplaceAll(socket, `"`, `""`) + `"` // an element of a list
 	args := []string{"-D", data, "-k", quoted, "-p", "5432", "-c", "listen_addresses=", "-c", "unix_socket_permissions=0700"}
@@ -257,6 +130,33 @@ func startDevDB(ctx context.Context, f devFolder, log *slog.Logger, onExit func(
 	defer logFile.Close()
 	command := f.command(filepath.Join(programs, "postgres"), args...)
 	command.Stdout, command.Stderr = logFile, logFile
+	if err := db.launch(command, func(err error) {
+		onExit(fmt.Errorf("the private PostgreSQL has ended (%v); it says why in %s", err, logFile.Name()))
+	}); err != nil {
+		return nil, err
+	}
+	// by hand, since the environment, PGPORT for one, has a say in what a URL means
+	db.config = pq.Config{Host: socket, Port: 5432, User: "taskflow", Database: "postgres", SSLMode: pq.SSLModeDisable, ApplicationName: "taskflow",
+		ClientEncoding: "UTF8", Datestyle: "ISO, MDY", BinaryParameters: true, Runtime: map[string]string{"timezone": "UTC"}}
+	db.await(ctx)
+	log.Info("private PostgreSQL started", "folder", f.path, "programs", programs)
+	return db, nil
+}
+
+// socketFolder returns where the socket is to be: in the folder, or in one of its own where the path
+// would be too long for a socket.
+func (db *devDB) socketFolder(f devFolder) (path string, err error) {
+	if len(filepath.Join(f.path, socketName)) <= maxSocketPath {
+		return f.path, nil
+	}
+	if db.socket, err = os.MkdirTemp("", "taskflow"); err != nil {
+		return "", err
+	}
+	return db.socket, devFolder{db.socket, f.account}.prepare()
+}
+
+// launch starts the server, and calls onExit when it ends.
+func (db *devDB) launch(command *exec.Cmd, onExit func(error)) error {
 	started := make(chan error)
 	go func() {
 		// The kernel sends Pdeathsig when the thread ends that started the process.
@@ -266,18 +166,10 @@ func startDevDB(ctx context.Context, f devFolder, log *slog.Logger, onExit func(
 		if started <- err; err == nil {
 			err = command.Wait()
 			close(db.exited)
-			onExit(fmt.Errorf("the private PostgreSQL has ended (%v); it says why in %s", err, logFile.Name()))
+			onExit(err)
 		}
 	}()
-	if err = <-started; err != nil {
-		return nil, err
-	}
-	// by hand, since the environment, PGPORT for one, has a say in what a URL means
-	db.config = pq.Config{Host: socket, Port: 5432, User: "taskflow", Database: "postgres", SSLMode: pq.SSLModeDisable, ApplicationName: "taskflow",
-		ClientEncoding: "UTF8", Datestyle: "ISO, MDY", BinaryParameters: true, Runtime: map[string]string{"timezone": "UTC"}}
-	db.await(ctx)
-	log.Info("private PostgreSQL started", "folder", f.path, "programs", programs)
-	return db, nil
+	return <-started
 }
 
 // await waits until the server takes connections, or has ended.

@@ -190,17 +190,8 @@ func healthcheck(ctx context.Context, cfg config) error {
 func serve(ctx context.Context, cfg config, stdout, stderr io.Writer) (err error) {
 	signals, stopSignals := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	defer stopSignals()
-	logger := slog.New(slog.NewJSONHandler(stderr, nil))
-	if cfg.development {
-		logger = slog.New(slog.NewTextHandler(stderr, nil))
-	}
-	slog.SetDefault(logger)
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(300) // a quarter less work for a heap that is small anyway
-	}
-	if os.Getenv("GOMEMLIMIT") == "" {
-		debug.SetMemoryLimit(128 << 20) // from there on the collector works harder: many slow readers
-	}
+	logger := newLogger(cfg, stderr)
+	limitMemory()
 	for _, warning := range cfg.warnings {
 		logger.Warn(warning)
 	}
@@ -214,16 +205,7 @@ func serve(ctx context.Context, cfg config, stdout, stderr io.Writer) (err error
 	base, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	abandon := func() { cancel(errUnavailable) }
 	defer abandon()
-	httpServer := &http.Server{
-		Handler:           s.handler(),
-		ReadHeaderTimeout: headerTimeout,
-		MaxHeaderBytes:    headerBytes,
-		IdleTimeout:       idleTimeout,
-		ErrorLog:          slog.NewLogLogger(logger.Handler(), slog.LevelDebug),
-		BaseContext:       func(net.Listener) context.Context { return base },
-
-		DisableGeneralOptionsHandler: true,
-	}
+	httpServer := s.httpServer(base)
 	listener, err := new(net.ListenConfig).Listen(signals, "tcp", net.JoinHostPort(cfg.host, cfg.port))
 	if err != nil {
 		return err
@@ -236,11 +218,9 @@ func serve(ctx context.Context, cfg config, stdout, stderr io.Writer) (err error
 	}
 	database := make(chan struct{}) // closed when bringUp has ended
 	starting, stopStarting := context.WithCancel(signals)
-	var private *devDB
 	go func() {
 		defer close(database)
-		var err error
-		if private, err = s.bringUp(starting, cfg, func(err error) { failed <- err }); err != nil && starting.Err() == nil {
+		if err := s.bringUp(starting, cfg, func(err error) { failed <- err }); err != nil && starting.Err() == nil {
 			failed <- err
 		} else if err == nil && cfg.development {
 			fmt.Fprintln(stdout, pasteLine(auth, listener.Addr().(*net.TCPAddr)))
@@ -263,27 +243,56 @@ func serve(ctx context.Context, cfg config, stdout, stderr io.Writer) (err error
 	}
 	stopStarting()
 	<-database
-	if store := s.store.Load(); store != nil {
-		err = errors.Join(err, store.close())
+	return errors.Join(err, s.close())
+}
+
+// newLogger logs text in development and JSON in production, also for what calls slog directly.
+func newLogger(cfg config, stderr io.Writer) *slog.Logger {
+	logger := slog.New(slog.NewJSONHandler(stderr, nil))
+	if cfg.development {
+		logger = slog.New(slog.NewTextHandler(stderr, nil))
 	}
-	if private != nil {
-		err = errors.Join(err, private.stop())
+	slog.SetDefault(logger)
+	return logger
+}
+
+// limitMemory has the garbage collector work less while there is little memory in use, and more from
+// where many slow readers take much. The environment's GOGC and GOMEMLIMIT come first.
+func limitMemory() {
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(300)
 	}
-	return err
+	if os.Getenv("GOMEMLIMIT") == "" {
+		debug.SetMemoryLimit(128 << 20)
+	}
+}
+
+// httpServer limits everything that a stranger controls. base is the context of all requests.
+func (s *server) httpServer(base context.Context) *http.Server {
+	return &http.Server{
+		Handler:           s.handler(),
+		ReadHeaderTimeout: headerTimeout,
+		MaxHeaderBytes:    headerBytes,
+		IdleTimeout:       idleTimeout,
+		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+		BaseContext:       func(net.Listener) context.Context { return base },
+
+		DisableGeneralOptionsHandler: true,
+	}
 }
 
 // bringUp reaches the database, tries again as long as it may help, applies the schema, and gives the
 // server its store. In development without DATABASE_URL it starts a private PostgreSQL.
-func (s *server) bringUp(ctx context.Context, cfg config, failed func(error)) (private *devDB, err error) {
+func (s *server) bringUp(ctx context.Context, cfg config, failed func(error)) error {
 	if cfg.database == nil {
 		folder, err := openDevFolder()
 		if err != nil {
-			return nil, err
+			return err
 		}
-		if private, err = startDevDB(ctx, folder, s.log, failed); err != nil {
-			return nil, err
+		if s.private, err = startDevDB(ctx, folder, s.log, failed); err != nil {
+			return err
 		}
-		cfg.database = &private.config
+		cfg.database = &s.private.config
 	}
 	store := newStore(*cfg.database, cfg.poolSize, cfg.poolTimeout)
 	for last := ""; ; {
@@ -291,10 +300,10 @@ func (s *server) bringUp(ctx context.Context, cfg config, failed func(error)) (p
 		if err == nil {
 			s.store.Store(store)
 			s.log.Info("ready")
-			return private, nil
+			return nil
 		}
 		if isStartupError(err) || ctx.Err() != nil {
-			return private, errors.Join(fmt.Errorf("database: %w", err), store.close())
+			return errors.Join(fmt.Errorf("database: %w", err), store.close())
 		}
 		if text := err.Error(); text != last {
 			s.log.Warn("the database cannot be reached yet; trying again", "error", text)
@@ -305,6 +314,17 @@ func (s *server) bringUp(ctx context.Context, cfg config, failed func(error)) (p
 		case <-ctx.Done():
 		}
 	}
+}
+
+// close closes what bringUp has opened.
+func (s *server) close() (err error) {
+	if store := s.store.Load(); store != nil {
+		err = store.close()
+	}
+	if s.private != nil {
+		err = errors.Join(err, s.private.stop())
+	}
+	return err
 }
 
 // shutdown closes the listener after drainTime and waits for the requests in flight; at finishTime it

@@ -37,6 +37,7 @@ type server struct {
 	origins     []string // for CORS
 	log         *slog.Logger
 	development bool
+	private     *devDB // nil with a DATABASE_URL
 	store       atomic.Pointer[store]
 	draining    atomic.Bool // since the first signal
 	ready       readiness

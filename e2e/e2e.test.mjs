@@ -1,7 +1,7 @@
 // What the README promises to a page in a browser, tried with the real parts. Started by ./run.
 import assert from "node:assert/strict";
 import { once } from "node:events";
-import { readFileSync } from "node:fs";
+import { existsSync, readFileSync } from "node:fs";
 import { createServer } from "node:net";
 import { after, afterEach, before, describe, it } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
@@ -183,7 +183,7 @@ for (const mode of ["jwks", "secret"]) {
 
     it("gives a token with which each call of /docs can be tried in production", async () => {
       const docs = await openDocs(api);
-      assert.equal(await docs.locator("#use-demo").isVisible(), false);
+      assert.equal(await docs.locator("meta[name=taskflow-demo-token]").count(), 0);
       await docs.fill("#token", await freshToken(page));
       await tryEverything(docs);
     });
@@ -261,15 +261,17 @@ describe("a key of Better Auth", limit, () => {
   const statusWith = async (token) => (await ask(page, url, bearer(token))).status;
   const unavailable = ({ status, body, headers }) =>
     assert.deepEqual([status, body.detail, headers["retry-after"]], [503, "Service temporarily unavailable", "1"]);
-  /** Makes Better Auth sign with a new key from now on. */
-  const rotate = async () => {
+  /** The service fetches keys at most once in 5 seconds; what is to be seen here is what it does after that. */
+  const untilFetchAllowed = () => sleep(5_100);
+  const expire = `UPDATE jwks SET "expiresAt" = now() - interval '1 second'`;
+  /** Makes Better Auth sign with a new key from now on. The service has seen neither of the two tokens. */
+  const rotate = async (statement) => {
+    await untilFetchAllowed();
     old = await freshToken(page);
-    await stand.database.query(`UPDATE jwks SET "expiresAt" = now() - interval '1 second'`);
+    await stand.database.query(statement);
     token = await freshToken(page);
     assert.notEqual(decoded(token)[0].kid, decoded(old)[0].kid);
   };
-  /** The service fetches keys at most once in 5 seconds; what is to be seen here is what it does after that. */
-  const untilFetchAllowed = () => sleep(5_100);
   /** Asks again after each 503 when Retry-After says, as a patient page does. */
   const patiently = async (token) => {
     for (;;) {
@@ -280,8 +282,7 @@ describe("a key of Better Auth", limit, () => {
   };
 
   it("that is new counts at once after a rotation, and the one before goes on counting", async () => {
-    await rotate();
-    await untilFetchAllowed();
+    await rotate(expire);
     const fetches = stand.auth.count(/api.auth.jwks/);
     assert.deepEqual([await statusWith(token), await statusWith(old)], [200, 200]);
     await stand.auth.printed(/api.auth.jwks/, fetches + 1);
@@ -289,19 +290,16 @@ describe("a key of Better Auth", limit, () => {
   });
 
   it("that Better Auth no longer lists stops counting, and client.ts gets a token of the new one", async () => {
-    old = await freshToken(page);
-    await stand.database.query("DELETE FROM jwks");
-    token = await freshToken(page);
-    await untilFetchAllowed();
+    await rotate("DELETE FROM jwks");
     assert.deepEqual([await statusWith(token), await statusWith(old)], [200, 401]);
     assert.equal((await call(page, stand.tasks)).status, 200);
   });
 
-  it("that is known waits for nothing while the endpoint hangs; another gets a 503 in 3 seconds", async () => {
-    await rotate();
-    await untilFetchAllowed();
+  it("that is known waits for nothing while the endpoint hangs; another gets a 503 in 3 seconds", async (test) => {
+    await rotate(expire);
     await stand.auth.stop();
     const silent = createServer().listen(new URL(stand.origin).port, "localhost");
+    test.after(() => silent.close());
     await once(silent, "listening");
     let answered = false;
     const waiting = ask(page, url, bearer(token)).finally(() => { answered = true; });
@@ -310,7 +308,6 @@ describe("a key of Better Auth", limit, () => {
     assert.deepEqual([await statusWith(old), answered], [200, false]);
     unavailable(await waiting);
     assert.ok(Date.now() - start < 5_000);
-    silent.close();
   });
 
   it("that is known counts while nothing listens there, and a restart of the service signs nobody out", async () => {
@@ -326,8 +323,8 @@ describe("a key of Better Auth", limit, () => {
 });
 
 it("the README shows the code that was tried here", () => {
-  const readme = readFileSync("../README.md", "utf8");
+  const texts = ["../README.md", "with-better-auth.md"].filter(existsSync).map((file) => readFileSync(file, "utf8"));
   for (const file of ["auth-jwks.ts", "auth-secret.ts", "client.ts"]) {
-    assert.ok(readme.includes("```ts\n" + readFileSync(file, "utf8") + "```\n"), file);
+    assert.ok(texts.join().includes("```ts\n" + readFileSync(file, "utf8") + "```\n"), file);
   }
 });
