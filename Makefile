@@ -11,10 +11,10 @@ COUNT    ?= 6
 FUZZTIME ?= 10s
 
 .DEFAULT_GOAL := help
-.PHONY: help run build test race lint vuln bench fuzz e2e faults check ci clean postgres
+.PHONY: help run build test race partitioned lint vuln bench fuzz e2e faults check ci clean postgres
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # The binary and not `go run`, which passes no SIGTERM on and reports an error after every Ctrl-C.
 run: build ## serve on http://localhost:8000, with a private PostgreSQL unless DATABASE_URL is set
@@ -29,6 +29,9 @@ test: postgres ## run the tests, on a PostgreSQL of their own
 
 race: postgres ## run the tests under the race detector, in random order
 	go test -race -shuffle=on ./...
+
+partitioned: postgres ## run the tests on a table in hash partitions
+	TASKFLOW_TEST_TABLE=faults/partitions.sql go test ./...
 
 # find, not `gofmt -l .`: a package in e2e/node_modules may hold Go files.
 lint: ## check format, go vet and staticcheck

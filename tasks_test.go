@@ -6,6 +6,7 @@ import (
 	"context"
 	"database/sql"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -66,6 +67,12 @@ func withCluster(run func() int) (code int, err error) {
 		return 1, err
 	}
 	s := newStore(clusterConfig("template_tasks"), 1, 30*time.Second)
+	if file := os.Getenv("TASKFLOW_TEST_TABLE"); file != "" { // that the service is to find, like faults/partitions.sql
+		text, err := os.ReadFile(file)
+		if err := errors.Join(err, perform(ctx, s.probe, string(text), nil, discard)); err != nil {
+			return 1, err
+		}
+	}
 	if err := s.applySchema(ctx); err != nil {
 		return 1, err
 	}
