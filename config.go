@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -43,12 +44,7 @@ func parseConfig(getenv func(string) string) (config, error) {
 	fault := func(name, format string, args ...any) {
 		faults = append(faults, fmt.Errorf("%s "+format, append([]any{name}, args...)...))
 	}
-	value := func(name, fallback string) string {
-		if text := getenv(name); text != "" {
-			return text
-		}
-		return fallback
-	}
+	value := func(name, fallback string) string { return cmp.Or(getenv(name), fallback) }
 	c := config{
 		development: value("ENVIRONMENT", "development") == "development",
 		secret:      getenv("BETTER_AUTH_SECRET"),
@@ -69,10 +65,8 @@ func parseConfig(getenv func(string) string) (config, error) {
 	} else if !c.development {
 		fault("DATABASE_URL", "is required in production: a PostgreSQL URL, like postgres://user:password@host/database")
 	}
-	if c.secret == "" && c.jwksURL == "" && !c.development {
-		fault("BETTER_AUTH_SECRET", "or BETTER_AUTH_JWKS_URL is required in production: without one nobody can sign in")
-	} else if n := len(c.secret); c.secret != "" && n < minSecret {
-		fault("BETTER_AUTH_SECRET", "has %d bytes and needs at least %d: make one with `openssl rand -base64 32`", n, minSecret)
+	if err := c.checkSecret(); err != nil {
+		fault("BETTER_AUTH_SECRET", "%w", err)
 	}
 	if c.jwksURL != "" {
 		if err := checkJWKSURL(c.jwksURL); err != nil {
@@ -100,6 +94,17 @@ func parseConfig(getenv func(string) string) (config, error) {
 		return c, configError{errors.Join(faults...)}
 	}
 	return c, nil
+}
+
+// checkSecret wants a secret that is long enough, where one is needed.
+func (c config) checkSecret() error {
+	switch n := len(c.secret); {
+	case n == 0 && c.jwksURL == "" && !c.development:
+		return errors.New("or BETTER_AUTH_JWKS_URL is required in production: without one nobody can sign in")
+	case n > 0 && n < minSecret:
+		return fmt.Errorf("has %d bytes and needs at least %d: make one with `openssl rand -base64 32`", n, minSecret)
+	}
+	return nil
 }
 
 // checkJWKSURL takes https, and http to this machine: keys that came unprotected over a network could
