@@ -244,8 +244,11 @@ func (s *server) streamTasks(w *response, r *http.Request, user string, q listQu
 			return c.json, nil
 		}
 		q.after = c.last
-		var err error
-		if c, err = s.tasks().chunk(r.Context(), user, q, c.next, chunkBytes, append(c.json[:0], ',')); err != nil {
+		tasks, buffer, err := c.next, append(c.json[:0], ','), errNoTurn
+		for errors.Is(err, errNoTurn) && r.Context().Err() == nil { // a list under way has time to wait for its turn
+			c, err = s.tasks().chunk(r.Context(), user, q, tasks, chunkBytes, buffer)
+		}
+		if err != nil {
 			w.cause = err
 			panic(http.ErrAbortHandler)
 		}
@@ -272,7 +275,7 @@ func (s *store) chunk(ctx context.Context, user string, q listQuery, n, maxBytes
 	err = s.do(ctx, user, true, func(ctx context.Context) error {
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
-		c = chunk{json: buffer[:start], next: chunkTasks}
+		c = chunk{json: buffer[:start], next: n}
 		count, last := 0, task{}
 		err := perform(ctx, s.db, query, args, func(row []driver.Value) error {
 			if c.more = count == n || len(c.json)-start >= maxBytes; c.more && count < n {
@@ -292,6 +295,9 @@ func (s *store) chunk(ctx context.Context, user string, q listQuery, n, maxBytes
 		c.last = q.place(last)
 		if err == errEnough {
 			return nil
+		}
+		if len(c.json)-start < maxBytes/2 {
+			c.next = min(2*n, chunkTasks)
 		}
 		return err
 	})

@@ -320,6 +320,24 @@ func TestAListWhoseRestIsDeletedMeanwhileIsStillJSON(t *testing.T) {
 	}
 }
 
+func TestAListUnderWayWaitsForItsTurn(t *testing.T) {
+	t.Parallel()
+	const limit = time.Second
+	s := newServiceWithin(t, newDatabase(t), 1, limit)
+	s.fill(t, 600, 100_000)
+	response := s.raw(t, "GET /api/ann/tasks HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer "+tokenFor(t, "ann"))
+	leave, err := s.tasks().users.enter(t.Context(), "ann") // as another request of hers does
+	if err != nil {
+		t.Fatal(err)
+	}
+	time.AfterFunc(limit*3/2, leave)
+	text, err := io.ReadAll(response.Body)
+	var tasks []taskJSON
+	if jsonErr := json.Unmarshal(text, &tasks); err != nil || jsonErr != nil || len(tasks) != 600 {
+		t.Errorf("%d tasks in %d bytes, %v, %v, %q", len(tasks), len(text), err, jsonErr, s.logs.at(slog.LevelWarn))
+	}
+}
+
 func TestEveryListIsReadFromAnIndexOfTheUser(t *testing.T) {
 	t.Parallel()
 	s := newService(t)

@@ -23,6 +23,7 @@ var (
 	errModified    = &httpError{http.StatusPreconditionFailed, "Task has been modified"}
 	errKeyReused   = errors.New("the idempotency key belongs to another body")
 	errUnavailable = errors.New("database not available")
+	errNoTurn      = errors.New("the user's other requests take all of their share")
 )
 
 // A store holds the tasks in PostgreSQL. Each method runs one statement, which is sent once unless
@@ -119,7 +120,7 @@ func (s *store) do(ctx context.Context, user string, repeatable bool, f func(con
 	defer cancel()
 	done, err := s.users.enter(ctx, user)
 	if err != nil {
-		return fmt.Errorf("%w: the user's other requests take all of their share: %w", errUnavailable, err)
+		return fmt.Errorf("%w: %w", errNoTurn, err)
 	}
 	defer done()
 	for wait := time.Duration(0); ; wait = min(2*wait+10*time.Millisecond, 250*time.Millisecond) {
