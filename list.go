@@ -71,7 +71,7 @@ func (v *validation) listQuery(r *http.Request, user string) (q listQuery) {
 	// each hands a parameter that is there, and sound, to read.
 	each := func(name string, read func(text string)) {
 		if p, ok := values[name]; ok && p.broken {
-			v.add("value_error", "Value error, the value is not percent-encoded UTF-8", quote(p.text), map[string]any{"error": struct{}{}}, "query", name)
+			v.valueError("the value is not percent-encoded UTF-8", quote(p.text), "query", name)
 		} else if ok {
 			read(p.text)
 		}
@@ -111,7 +111,7 @@ func (v *validation) listQuery(r *http.Request, user string) (q listQuery) {
 	})
 	each("cursor", func(text string) {
 		if q.after = q.decodeCursor(user, text); q.after == nil {
-			v.add("value_error", "Value error, the cursor is damaged or belongs to another list: start again without it", quote(text), map[string]any{"error": struct{}{}}, "query", "cursor")
+			v.valueError("the cursor is damaged or belongs to another list: start again without it", quote(text), "query", "cursor")
 		}
 	})
 	return q

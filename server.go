@@ -286,9 +286,14 @@ func (v *validation) add(kind, msg string, input []byte, ctx map[string]any, loc
 	*v = append(*v, fault{kind, loc, msg, input, ctx})
 }
 
+// valueError adds a fault that Pydantic's own types have no name for.
+func (v *validation) valueError(msg string, input []byte, loc ...any) {
+	v.add("value_error", "Value error, "+msg, input, map[string]any{"error": struct{}{}}, loc...)
+}
+
 // unstorable adds the fault of a text that PostgreSQL has no room for.
 func (v *validation) unstorable(input []byte, loc ...any) {
-	v.add("value_error", "Value error, text must not contain U+0000 or lone surrogates", input, map[string]any{"error": struct{}{}}, loc...)
+	v.valueError("text must not contain U+0000 or lone surrogates", input, loc...)
 }
 
 // quote returns text as JSON.

@@ -160,7 +160,7 @@ func (s *server) createTask(w *response, r *http.Request, user string) error {
 	}
 	t, err := s.tasks().createTask(r.Context(), user, key, in)
 	if err == errKeyReused {
-		v.add("value_error", "Value error, this key was used with another title or description", quote(key), map[string]any{"error": struct{}{}}, "header", "Idempotency-Key")
+		v.valueError("this key was used with another title or description", quote(key), "header", "Idempotency-Key")
 		return v
 	}
 	if err != nil {
