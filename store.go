@@ -34,6 +34,8 @@ type store struct {
 	probe   *sql.DB // one connection of its own for readiness and schema
 	timeout time.Duration
 	users   fairness
+
+	reads, creations, changes batcher
 }
 
 // newStore makes a store without connecting. size is the number of connections that requests share;
@@ -46,7 +48,9 @@ func newStore(cfg pq.Config, size int, timeout time.Duration) *store {
 	db.SetConnMaxLifetime(time.Hour)
 	probe := sql.OpenDB(newConnector(cfg, timeout))
 	probe.SetMaxOpenConns(1)
-	return &store{db: db, probe: probe, timeout: timeout, users: fairness{limit: max(1, size/2), held: map[string]*held{}}}
+	s := &store{db: db, probe: probe, timeout: timeout, users: fairness{limit: max(1, size/2), held: map[string]*held{}}}
+	s.reads.together, s.creations.together, s.changes.together = s.readTogether, s.createTogether, s.changeTogether
+	return s
 }
 
 func (s *store) close() error { return errors.Join(s.db.Close(), s.probe.Close()) }
@@ -90,7 +94,7 @@ func perform(ctx context.Context, db *sql.DB, query string, args []driver.NamedV
 // discard is for a result that does not matter.
 func discard([]driver.Value) error { return nil }
 
-// arguments are the values of $1, $2, …: strings, bools, int64s, byte slices, nil, and pointers to them.
+// arguments are the values of $1, $2, …: strings, bools, int64s, byte slices, nil, pointers to them, and arrays.
 func arguments(values ...any) []driver.NamedValue {
 	args := make([]driver.NamedValue, len(values))
 	for i, value := range values {
@@ -103,6 +107,8 @@ func arguments(values ...any) []driver.NamedValue {
 			if value = nil; p != nil {
 				value = *p
 			}
+		case driver.Valuer:
+			value, _ = p.Value()
 		}
 		args[i] = driver.NamedValue{Ordinal: i + 1, Value: value}
 	}
@@ -197,7 +203,9 @@ const selectTask = `SELECT ` + taskColumns + ` FROM tasks WHERE user_id = $1 AND
 // task returns one task.
 func (s *store) task(ctx context.Context, user string, id int64) (t task, err error) {
 	err = s.do(ctx, user, true, func(ctx context.Context) error {
-		t, err = s.one(ctx, user, selectTask, arguments(user, id))
+		t, err = s.reads.do(ctx, &member{user: user, id: id}, func(ctx context.Context) (task, error) {
+			return s.one(ctx, user, selectTask, arguments(user, id))
+		})
 		return err
 	})
 	return t, err
@@ -214,12 +222,14 @@ func (s *store) createTask(ctx context.Context, user, key string, in taskInput) 
 		ON CONFLICT (user_id, idempotency_key) WHERE idempotency_key IS NOT NULL
 		DO UPDATE SET idempotency_key = excluded.idempotency_key
 		WHERE tasks.idempotency_hash = excluded.idempotency_hash RETURNING ` + taskColumns
-	query, args := insert, arguments(user, in.title, in.description)
-	if key != "" {
-		query, args = insertOnce, arguments(user, in.title, in.description, key, in.hash())
-	}
 	err = s.do(ctx, user, key != "", func(ctx context.Context) error {
-		t, err = s.one(ctx, user, query, args)
+		if key != "" {
+			t, err = s.one(ctx, user, insertOnce, arguments(user, in.title, in.description, key, in.hash()))
+			return err
+		}
+		t, err = s.creations.do(ctx, &member{user: user, in: in}, func(ctx context.Context) (task, error) {
+			return s.one(ctx, user, insert, arguments(user, in.title, in.description))
+		})
 		return err
 	})
 	if err == errNotFound {
@@ -228,31 +238,53 @@ func (s *store) createTask(ctx context.Context, user, key string, in taskInput) 
 	return t, err
 }
 
-// hash identifies the body of a POST: equal for equal titles and descriptions.
-func (in taskInput) hash() []byte {
-	text := *in.title
-	if in.description != nil {
-		text += "\x00" + *in.description // no title has a NUL
+// text has the title and the description in it: it is equal where both are.
+func (in taskInput) text() string {
+	if in.description == nil {
+		return *in.title
 	}
-	sum := sha256.Sum256([]byte(text))
+	return *in.title + "\x00" + *in.description // no title has a NUL
+}
+
+func (t task) text() string {
+	if !t.hasDescription {
+		return t.title
+	}
+	return t.title + "\x00" + t.description
+}
+
+// hash identifies the body of a POST.
+func (in taskInput) hash() []byte {
+	sum := sha256.Sum256([]byte(in.text()))
 	return sum[:]
 }
+
+// changes sets what a request has changed, given as the columns of changed. The time moves on if and
+// only if a value does, and always forward.
+const changes = `title = coalesce(new_title, title),
+	description = CASE WHEN describes THEN new_description ELSE description END,
+	is_completed = coalesce(new_is_completed, is_completed),
+	updated_at = CASE
+		WHEN (coalesce(new_title, title), CASE WHEN describes THEN new_description ELSE description END, coalesce(new_is_completed, is_completed))
+			IS DISTINCT FROM (title, description, is_completed)
+		THEN greatest(now(), updated_at + interval '1 microsecond') ELSE updated_at END`
 
 // updateTask changes what in has, in one atomic statement, if the task matches; it fails with
 // errModified when it exists and does not.
 func (s *store) updateTask(ctx context.Context, user string, id int64, match precondition, in taskInput) (t task, err error) {
-	// The time moves on if and only if a value does, and always forward.
-	const query = `UPDATE tasks SET title = coalesce($4, title),
-			description = CASE WHEN $5 THEN $6 ELSE description END,
-			is_completed = coalesce($7, is_completed),
-			updated_at = CASE WHEN (coalesce($4, title), CASE WHEN $5 THEN $6 ELSE description END, coalesce($7, is_completed))
-				IS DISTINCT FROM (title, description, is_completed)
-				THEN greatest(now(), updated_at + interval '1 microsecond') ELSE updated_at END
+	const query = `UPDATE tasks SET ` + changes + `
+		FROM (SELECT $4::text AS new_title, $5::boolean AS describes, $6::text AS new_description, $7::boolean AS new_is_completed) AS changed
 		WHERE user_id = $1 AND id = $2 AND ($3::timestamptz[] IS NULL OR updated_at = ANY ($3::timestamptz[]))
 		RETURNING ` + taskColumns
-	args := arguments(user, id, match.times(), in.title, in.hasDescription, in.description, in.isCompleted)
+	alone := func(ctx context.Context) (task, error) {
+		return s.one(ctx, user, query, arguments(user, id, match.times(), in.title, in.hasDescription, in.description, in.isCompleted))
+	}
 	err = s.conditional(ctx, user, id, match, func(ctx context.Context) error {
-		t, err = s.one(ctx, user, query, args)
+		if match.times() != nil {
+			t, err = alone(ctx)
+		} else {
+			t, err = s.changes.do(ctx, &member{user: user, id: id, in: in}, alone)
+		}
 		return err
 	})
 	return t, err

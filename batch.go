@@ -1,0 +1,213 @@
+package main
+
+import (
+	"context"
+	"database/sql/driver"
+	"errors"
+	"fmt"
+	"runtime/debug"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/lib/pq"
+)
+
+// This file has requests that wait for the database at the same moment share one statement: a round
+// trip and a commit cost both sides far more than a row does.
+
+const (
+	maxBatch     = 64      // requests in a statement
+	maxBatchText = 4 << 10 // bytes of a description that goes with others; a longer one would hold them up
+	patience     = 5 * time.Millisecond
+)
+
+// errAlone tells a request that its batch has neither answered nor changed anything for it.
+var errAlone = errors.New("not answered by the batch")
+
+// A batcher runs the requests of one kind. One that comes while none is under way goes out at once,
+// alone. Those that come meanwhile go out together, when that one has ended or has taken patience: so
+// a statement that waits, for a lock or on a bad connection, holds up nobody for long.
+type batcher struct {
+	together func(context.Context, []*member) error // answers those that it can
+
+	mu      sync.Mutex
+	busy    bool // a statement that has not used up its patience is under way
+	waiting []*member
+}
+
+// A member is a request for one task, with the answer to it once done is closed.
+type member struct {
+	user  string
+	id    int64
+	in    taskInput
+	task  task
+	err   error
+	done  chan struct{}
+	batch *batch // nil while it is waiting
+}
+
+// A batch ends with its statement, or when all who wait for it have gone.
+type batch struct {
+	cancel func()
+	left   int // members who still wait
+}
+
+// do answers m by a batch or by alone, a statement for m only. It gives up when ctx ends.
+func (b *batcher) do(ctx context.Context, m *member, alone func(context.Context) (task, error)) (task, error) {
+	if text := m.in.description; text != nil && len(*text) > maxBatchText {
+		return alone(ctx)
+	}
+	b.mu.Lock()
+	if !b.busy {
+		b.busy = true
+		b.mu.Unlock()
+		defer b.statement()()
+		return alone(ctx)
+	}
+	m.done = make(chan struct{})
+	b.waiting = append(b.waiting, m)
+	b.mu.Unlock()
+	select {
+	case <-m.done:
+	case <-ctx.Done():
+		b.leave(m)
+		return task{}, fmt.Errorf("%w: %w", errUnavailable, context.Cause(ctx))
+	}
+	if m.err == errAlone {
+		return alone(ctx)
+	}
+	return m.task, m.err
+}
+
+// statement marks the beginning of a statement. The function it returns marks the end.
+func (b *batcher) statement() (end func()) {
+	next := sync.OnceFunc(b.next)
+	timer := time.AfterFunc(patience, next)
+	return func() {
+		timer.Stop()
+		next()
+	}
+}
+
+// next sends off those who wait.
+func (b *batcher) next() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	n := min(len(b.waiting), maxBatch)
+	if b.busy = n > 0; !b.busy {
+		return
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	shared := &batch{cancel, n}
+	members := slices.Clone(b.waiting[:n])
+	for _, m := range members {
+		m.batch, m.err = shared, errAlone
+	}
+	b.waiting = slices.Delete(b.waiting, 0, n)
+	go b.run(ctx, cancel, members)
+}
+
+func (b *batcher) run(ctx context.Context, cancel func(), members []*member) {
+	defer b.statement()()
+	defer cancel()
+	err := b.attempt(ctx, members)
+	// What was refused may be so for the sake of one: alone, the others get their answers.
+	refused := pq.As(err) != nil && (isBug(err) || pq.As(err, "0A000") != nil)
+	for _, m := range members {
+		if refused {
+			m.err = errAlone
+		} else if err != nil {
+			m.err = err
+		}
+		close(m.done)
+	}
+}
+
+// attempt runs the statement; here no net/http stands above to recover from a panic.
+func (b *batcher) attempt(ctx context.Context, members []*member) (err error) {
+	defer func() {
+		if cause := recover(); cause != nil {
+			err = fmt.Errorf("%w: %v\n%s", errPanic, cause, debug.Stack())
+		}
+	}()
+	return b.together(ctx, members)
+}
+
+// leave is for one who waits no longer.
+func (b *batcher) leave(m *member) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if m.batch == nil {
+		b.waiting = slices.DeleteFunc(b.waiting, func(other *member) bool { return other == m })
+	} else if m.batch.left--; m.batch.left == 0 {
+		m.batch.cancel()
+	}
+}
+
+// selectTogether looks each task up in the index, also by a plan that was made while the table was small: that
+// is what LATERAL and LIMIT say here, and OFFSET in updateTogether.
+const selectTogether = `SELECT ` + taskColumns + `, number
+	FROM unnest($1::text[], $2::bigint[]) WITH ORDINALITY AS wanted (owner, task, number),
+		LATERAL (SELECT * FROM tasks WHERE user_id = owner AND id = task LIMIT 1) AS tasks`
+
+func (s *store) readTogether(ctx context.Context, members []*member) error {
+	return perform(ctx, s.db, selectTogether, arguments(column(members, owner), column(members, number)), deliver(members))
+}
+
+func (s *store) createTogether(ctx context.Context, members []*member) error {
+	const query = `INSERT INTO tasks (user_id, title, description)
+		SELECT * FROM unnest($1::text[], $2::text[], $3::text[]) RETURNING ` + taskColumns + `, user_id`
+	return perform(ctx, s.db, query, arguments(column(members, owner), column(members, title), column(members, description)),
+		func(row []driver.Value) error {
+			// The rows come in the order of the arrays, but nobody promises it: each goes to who asked for its text.
+			t := scanTask(row, row[len(row)-1].(string))
+			var m *member
+			for _, other := range members {
+				if other.err == errAlone && other.user == t.userID && (m == nil || other.in.text() == t.text()) {
+					m = other
+				}
+			}
+			m.task, m.err = t, nil
+			return nil
+		})
+}
+
+// updateTogether passes over tasks that are locked, so that it waits for nobody, nor two batches for each
+// other, and over all but one change of the same task.
+const updateTogether = `UPDATE tasks SET ` + changes + `
+	FROM (SELECT wanted.* FROM unnest($1::text[], $2::bigint[], $3::text[], $4::boolean[], $5::text[], $6::boolean[])
+			WITH ORDINALITY AS wanted (owner, task, new_title, describes, new_description, new_is_completed, number),
+		LATERAL (SELECT user_id, id FROM tasks WHERE user_id = owner AND id = task LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED) AS free
+		WHERE user_id = owner AND id = task OFFSET 0) AS changed
+	WHERE user_id = owner AND id = task RETURNING ` + taskColumns + `, number`
+
+func (s *store) changeTogether(ctx context.Context, members []*member) error {
+	describes := column(members, func(m *member) bool { return m.in.hasDescription })
+	isCompleted := column(members, func(m *member) *bool { return m.in.isCompleted })
+	return perform(ctx, s.db, updateTogether, arguments(column(members, owner), column(members, number), column(members, title), describes,
+		column(members, description), isCompleted), deliver(members))
+}
+
+// deliver answers the members by rows of taskColumns and the number of the member, from 1 on.
+func deliver(members []*member) func([]driver.Value) error {
+	return func(row []driver.Value) error {
+		m := members[row[len(row)-1].(int64)-1]
+		m.task, m.err = scanTask(row, m.user), nil
+		return nil
+	}
+}
+
+// column is what the members have in one place, as a PostgreSQL array.
+func column[T any](members []*member, value func(*member) T) any {
+	list := make([]T, len(members))
+	for i, m := range members {
+		list[i] = value(m)
+	}
+	return pq.Array(list)
+}
+
+func owner(m *member) string        { return m.user }
+func number(m *member) int64        { return m.id }
+func title(m *member) *string       { return m.in.title }
+func description(m *member) *string { return m.in.description }
