@@ -53,11 +53,15 @@ type batch struct {
 	left   int // members who still wait
 }
 
-// do answers m by a batch or by alone, a statement for m only. It gives up when ctx ends.
-func (b *batcher) do(ctx context.Context, m *member, alone func(context.Context) (task, error)) (task, error) {
-	if text := m.in.description; text != nil && len(*text) > maxBatchText {
+// share answers m by a batch of b or by alone, a statement for m only.
+func (s *store) share(ctx context.Context, b *batcher, m *member, alone func(context.Context) (task, error)) (task, error) {
+	if text := m.in.description; s.distributed.Load() || text != nil && len(*text) > maxBatchText {
 		return alone(ctx)
 	}
+	return b.do(ctx, m, alone)
+}
+
+func (b *batcher) do(ctx context.Context, m *member, alone func(context.Context) (task, error)) (task, error) {
 	b.mu.Lock()
 	if !b.busy {
 		b.busy = true

@@ -309,6 +309,22 @@ func TestABatcherAnswersAllThatItTakes(t *testing.T) {
 	}
 }
 
+func TestNothingIsSharedWhereTheTableIsOnSeveralServers(t *testing.T) {
+	t.Parallel()
+	database := newDatabase(t)
+	ask(t, database, `CREATE TABLE pg_dist_partition ()`) // as if by Citus
+	s := newServiceWith(t, database, 8)
+	if err := s.tasks().applySchema(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, b := range []*batcher{&s.tasks().reads, &s.tasks().creations, &s.tasks().changes} {
+		b.busy = true // who shares would wait in vain
+	}
+	path := fmt.Sprint("/api/ann/tasks/", s.create(t, "ann", "x").ID)
+	s.as(t, "ann", "GET", path, "").task(t)
+	s.as(t, "ann", "PATCH", path, `{}`).task(t)
+}
+
 func TestABatchLooksEachTaskUpInTheIndex(t *testing.T) {
 	t.Parallel()
 	s := newService(t)

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/lib/pq"
@@ -36,6 +37,7 @@ type store struct {
 	users   fairness
 
 	reads, creations, changes batcher
+	distributed               atomic.Bool // each statement is for one of several servers
 }
 
 // newStore makes a store without connecting. size is the number of connections that requests share;
@@ -55,12 +57,15 @@ func newStore(cfg pq.Config, size int, timeout time.Duration) *store {
 
 func (s *store) close() error { return errors.Join(s.db.Close(), s.probe.Close()) }
 
-// schemaApplied asks the database whether schema.sql has been applied in full.
+// schemaApplied asks the database whether schema.sql has been applied in full, and whether the table is on
+// several servers: by Citus, or in foreign partitions.
 func (s *store) schemaApplied(ctx context.Context) (applied bool, err error) {
-	const query = `SELECT to_regclass('tasks_user_id_idempotency_key_idx') IS NOT NULL`
+	const query = `SELECT to_regclass('tasks_user_id_idempotency_key_idx') IS NOT NULL, to_regclass('pg_dist_partition') IS NOT NULL OR
+		EXISTS (SELECT FROM pg_inherits JOIN pg_class ON oid = inhrelid WHERE inhparent = to_regclass('tasks') AND relkind = 'f')`
 	for range 2 { // again, since the connection may have ended while it was idle
 		if err = perform(ctx, s.probe, query, nil, func(row []driver.Value) error {
 			applied = row[0] == true
+			s.distributed.Store(row[1] == true)
 			return nil
 		}); err == nil {
 			break
@@ -78,7 +83,11 @@ func (s *store) applySchema(ctx context.Context) error {
 	if err != nil || applied {
 		return err
 	}
-	return perform(ctx, s.probe, schema, nil, discard)
+	if err := perform(ctx, s.probe, schema, nil, discard); err != nil {
+		return err
+	}
+	_, err = s.schemaApplied(ctx)
+	return err
 }
 
 // perform sends one statement over a connection of db, as careful.run does.
@@ -203,7 +212,7 @@ const selectTask = `SELECT ` + taskColumns + ` FROM tasks WHERE user_id = $1 AND
 // task returns one task.
 func (s *store) task(ctx context.Context, user string, id int64) (t task, err error) {
 	err = s.do(ctx, user, true, func(ctx context.Context) error {
-		t, err = s.reads.do(ctx, &member{user: user, id: id}, func(ctx context.Context) (task, error) {
+		t, err = s.share(ctx, &s.reads, &member{user: user, id: id}, func(ctx context.Context) (task, error) {
 			return s.one(ctx, user, selectTask, arguments(user, id))
 		})
 		return err
@@ -227,7 +236,7 @@ func (s *store) createTask(ctx context.Context, user, key string, in taskInput) 
 			t, err = s.one(ctx, user, insertOnce, arguments(user, in.title, in.description, key, in.hash()))
 			return err
 		}
-		t, err = s.creations.do(ctx, &member{user: user, in: in}, func(ctx context.Context) (task, error) {
+		t, err = s.share(ctx, &s.creations, &member{user: user, in: in}, func(ctx context.Context) (task, error) {
 			return s.one(ctx, user, insert, arguments(user, in.title, in.description))
 		})
 		return err
@@ -283,7 +292,7 @@ func (s *store) updateTask(ctx context.Context, user string, id int64, match pre
 		if match.times() != nil {
 			t, err = alone(ctx)
 		} else {
-			t, err = s.changes.do(ctx, &member{user: user, id: id, in: in}, alone)
+			t, err = s.share(ctx, &s.changes, &member{user: user, id: id, in: in}, alone)
 		}
 		return err
 	})
