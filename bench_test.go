@@ -9,7 +9,13 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -135,30 +141,57 @@ func BenchmarkStore(b *testing.B) {
 	}
 }
 
-// BenchmarkHandler sends whole requests over loopback connections, beside /health, which asks no database.
+// BenchmarkHandler sends whole requests over 32 loopback connections, beside /health, which asks no database,
+// and beside pgbench, which runs the same statement on 32 connections and does nothing else.
 func BenchmarkHandler(b *testing.B) {
-	s := newService(b)
+	const clients = 32
+	database := newDatabase(b)
+	s := newServiceWith(b, database, defaultPoolSize)
 	s.log = slog.New(slog.NewJSONHandler(io.Discard, nil))
+	plain := httptest.NewServer(s.handler()) // without the comparison of each answer with openapi.json
+	defer plain.Close()
 	fill(b, s.tasks())
-	token := tokenFor(b, "ann")
-	for _, request := range []struct{ name, method, path, body string }{
-		{"get", "GET", "/api/ann/tasks/7", ""},
-		{"list-20", "GET", "/api/ann/tasks?limit=20", ""},
-		{"list-1000", "GET", "/api/ann/tasks", ""},
-		{"create", "POST", "/api/ann/tasks", `{"title": "a title"}`},
-		{"patch", "PATCH", "/api/ann/tasks/7", `{"is_completed": true}`},
-		{"baseline=health", "GET", "/health", ""},
+	http.DefaultTransport.(*http.Transport).MaxIdleConnsPerHost = clients
+	var tokens [100]string
+	for i := range tokens {
+		tokens[i] = "Bearer " + tokenFor(b, fmt.Sprint("user", i))
+	}
+	const one, columns = ` WHERE user_id = 'user' || :user AND id = 1000 + :i`, ` RETURNING ` + taskColumns
+	for _, request := range []struct{ name, method, path, body, statement string }{
+		{"get", "GET", "/api/user%d/tasks/%d", "", `SELECT ` + taskColumns + ` FROM tasks` + one},
+		{"list-10", "GET", "/api/user%d/tasks?%d", "", `SELECT ` + taskColumns + ` FROM tasks WHERE user_id = 'user' || :user ORDER BY id LIMIT 1025`},
+		{"patch", "PATCH", "/api/user%d/tasks/%d", `{"title": "new"}`, `UPDATE tasks SET title = 'new', updated_at = now()` + one + columns},
+		{"create", "POST", "/api/user%d/tasks?%d", `{"title": "new"}`, `INSERT INTO tasks (user_id, title) VALUES ('new' || :user, 'new')` + columns},
+		{"health", "GET", "/health?%d,%d", "", ""},
 	} {
-		b.Run(request.name, func(b *testing.B) {
+		var next atomic.Int64
+		b.Run(request.name+"/service", func(b *testing.B) {
+			b.SetParallelism(clients / runtime.GOMAXPROCS(0))
 			b.RunParallel(func(pb *testing.PB) {
 				for pb.Next() {
-					r, _ := http.NewRequest(request.method, s.url+request.path, strings.NewReader(request.body))
-					r.Header.Set("Authorization", "Bearer "+token)
+					i := int(next.Add(1) % 1000)
+					r, _ := http.NewRequest(request.method, plain.URL+fmt.Sprintf(request.path, i%100, 1001+i), strings.NewReader(request.body))
+					r.Header.Set("Authorization", tokens[i%100])
 					if got := send(b, r); got.status > 299 {
 						b.Error(got.status, got.body)
 					}
 				}
 			})
+		})
+		if request.statement == "" {
+			continue
+		}
+		script := filepath.Join(b.TempDir(), "script")
+		text := "\\set i random(0, 999)\n\\set user :i % 100\n" + request.statement + ";\n"
+		if err := os.WriteFile(script, []byte(text), 0o600); err != nil {
+			b.Fatal(err)
+		}
+		b.Run(request.name+"/baseline=pgbench", func(b *testing.B) {
+			out, err := exec.Command("pgbench", "-n", "-M", "prepared", "-c", strconv.Itoa(clients), "-j", "2", "-t", strconv.Itoa(b.N/clients+1),
+				"-f", script, "-h", database.Host, "-U", database.User, database.Database).CombinedOutput()
+			if err != nil || !strings.Contains(string(out), "number of failed transactions: 0 ") {
+				b.Fatal(err, string(out))
+			}
 		})
 	}
 }
@@ -166,7 +199,7 @@ func BenchmarkHandler(b *testing.B) {
 // fill gives ann 1,000 tasks among those of 100 others.
 func fill(b *testing.B, s *store) {
 	b.Helper()
-	for _, users := range []string{"'ann'", "'user' || i % 100"} {
+	for _, users := range []string{"'ann'", "'user' || (i - 1) % 100"} {
 		if err := perform(context.Background(), s.db, fmt.Sprintf(`INSERT INTO tasks (user_id, title, description)
 			SELECT %s, 'task number ' || i, 'what is to be done about ' || i FROM generate_series(1, 1000) i`, users), nil, discard); err != nil {
 			b.Fatal(err)
