@@ -73,7 +73,8 @@ func parseConfig(getenv func(string) string) (config, error) {
 			fault("BETTER_AUTH_JWKS_URL", "%w", err)
 		}
 		if c.audience == "" {
-			c.warnings = append(c.warnings, "BETTER_AUTH_AUDIENCE is not set: a token that the same Better Auth made for another service counts here too")
+			c.warnings = append(c.warnings,
+				"BETTER_AUTH_AUDIENCE is not set: a token that the same Better Auth made for another service counts here too")
 		}
 	}
 	var err error

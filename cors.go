@@ -84,7 +84,7 @@ func originFault(origin string) string {
 		if addr, err := netip.ParseAddr(host); err != nil || addr.String() != host {
 			return "the IPv6 address must be in its shortest form"
 		}
-	} else if strings.Trim(host, "abcdefghijklmnopqrstuvwxyz0123456789-_.") != "" || strings.HasPrefix(host, ".") || strings.Contains(host, "..") {
+	} else if strings.Trim(host, "abcdefghijklmnopqrstuvwxyz0123456789-_.") != "" || strings.Contains("."+host, "..") {
 		return "the host name must be in lower case, in its ASCII form (xn--…) where it has other letters"
 	}
 	return ""

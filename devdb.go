@@ -71,7 +71,8 @@ func findPrograms(major string) (string, error) {
 		}
 	}
 	if major != "" {
-		return "", fmt.Errorf("the data was made by PostgreSQL %s, whose programs are not installed: install them, or move the folder away: %w", major, errNoPostgres)
+		return "", fmt.Errorf("the data was made by PostgreSQL %s, whose programs are not installed: "+
+			"install them, or move the folder away: %w", major, errNoPostgres)
 	}
 	return "", errNoPostgres
 }
@@ -136,8 +137,9 @@ func startDevDB(ctx context.Context, f devFolder, log *slog.Logger, onExit func(
 		return nil, err
 	}
 	// by hand, since the environment, PGPORT for one, has a say in what a URL means
-	db.config = pq.Config{Host: socket, Port: 5432, User: "taskflow", Database: "postgres", SSLMode: pq.SSLModeDisable, ApplicationName: "taskflow",
-		ClientEncoding: "UTF8", Datestyle: "ISO, MDY", BinaryParameters: true, Runtime: map[string]string{"timezone": "UTC"}}
+	db.config = pq.Config{Host: socket, Port: 5432, User: "taskflow", Database: "postgres", SSLMode: pq.SSLModeDisable,
+		ApplicationName: "taskflow", ClientEncoding: "UTF8", Datestyle: "ISO, MDY", BinaryParameters: true,
+		Runtime: map[string]string{"timezone": "UTC"}}
 	db.await(ctx)
 	log.Info("private PostgreSQL started", "folder", f.path, "programs", programs)
 	return db, nil
@@ -230,7 +232,8 @@ func lock(path string) (*os.File, error) {
 	}
 	if err := syscall.Flock(int(file.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
 		_ = file.Close()
-		return nil, fmt.Errorf("another taskflow is running with the private PostgreSQL in %s: stop it, or give this one a DATABASE_URL (the other's is 'postgres://taskflow@/postgres?host=%s')",
+		return nil, fmt.Errorf("another taskflow is running with the private PostgreSQL in %s: stop it, "+
+			"or give this one a DATABASE_URL (the other's is 'postgres://taskflow@/postgres?host=%s')",
 			filepath.Dir(path), url.PathEscape(filepath.Dir(path)))
 	}
 	return file, nil

@@ -87,8 +87,8 @@ func (v *validation) listQuery(r *http.Request, user string) (q listQuery) {
 		q.search = text
 		if strings.ContainsRune(text, 0) {
 			v.unstorable(quote(text), "query", "search")
-		} else if utf8.RuneCountInString(text) > maxSearch {
-			v.add("string_too_long", "String should have at most "+plural(maxSearch, "character"), quote(text), map[string]any{"max_length": maxSearch}, "query", "search")
+		} else {
+			v.length(text, 0, maxSearch, quote(text), "query", "search")
 		}
 	})
 	each("sort_by", func(text string) {
@@ -101,7 +101,7 @@ func (v *validation) listQuery(r *http.Request, user string) (q listQuery) {
 		n, err := strconv.Atoi(text)
 		switch {
 		case err != nil && !errors.Is(err, strconv.ErrRange):
-			v.add("int_parsing", "Input should be a valid integer, unable to parse string as an integer", quote(text), nil, "query", "limit")
+			v.integer(text, "query", "limit")
 		case n < 1:
 			v.add("greater_than_equal", "Input should be greater than or equal to 1", quote(text), map[string]any{"ge": 1}, "query", "limit")
 		case n > maxLimit:

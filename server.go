@@ -345,7 +345,8 @@ func readBody(w *response, r *http.Request) (jsonValue, error) {
 func isJSON(lines []string) bool {
 	media, _, err := mime.ParseMediaType(lines[0])
 	kind, subtype, ok := strings.Cut(media, "/")
-	return len(lines) == 1 && err == nil && ok && kind != "" && (media == "application/json" || len(subtype) > 5 && strings.HasSuffix(subtype, "+json"))
+	structured := len(subtype) > len("+json") && strings.HasSuffix(subtype, "+json")
+	return len(lines) == 1 && err == nil && ok && kind != "" && (media == "application/json" || structured)
 }
 
 func (s *server) health(w *response, _ *http.Request) error {

@@ -110,15 +110,26 @@ func (v *validation) text(raw []byte, name string, lower, upper int) *string {
 		return nil
 	}
 	text, storable := jsonText(raw)
-	switch n := utf8.RuneCountInString(text); {
-	case !storable:
+	if !storable {
 		v.unstorable(raw, "body", name)
-	case n < lower:
-		v.add("string_too_short", "String should have at least "+plural(lower, "character"), raw, map[string]any{"min_length": lower}, "body", name)
-	case n > upper:
-		v.add("string_too_long", "String should have at most "+plural(upper, "character"), raw, map[string]any{"max_length": upper}, "body", name)
+	} else {
+		v.length(text, lower, upper, raw, "body", name)
 	}
 	return &text
+}
+
+// length checks that a text has lower to upper code points.
+func (v *validation) length(text string, lower, upper int, input []byte, loc ...any) {
+	if n := utf8.RuneCountInString(text); n < lower {
+		v.add("string_too_short", "String should have at least "+plural(lower, "character"), input, map[string]any{"min_length": lower}, loc...)
+	} else if n > upper {
+		v.add("string_too_long", "String should have at most "+plural(upper, "character"), input, map[string]any{"max_length": upper}, loc...)
+	}
+}
+
+// integer adds the fault of a text that is not one.
+func (v *validation) integer(text string, loc ...any) {
+	v.add("int_parsing", "Input should be a valid integer, unable to parse string as an integer", quote(text), nil, loc...)
 }
 
 // taskID reads the path's task_id. A number beyond int64 becomes the nearest one: no task has it.
@@ -126,7 +137,7 @@ func (v *validation) taskID(r *http.Request) int64 {
 	text := r.PathValue("task_id")
 	digits := strings.TrimPrefix(strings.TrimPrefix(text, "-"), "+")
 	if len(text)-len(digits) > 1 || digits == "" || strings.Trim(digits, "0123456789") != "" {
-		v.add("int_parsing", "Input should be a valid integer, unable to parse string as an integer", quote(text), nil, "path", "task_id")
+		v.integer(text, "path", "task_id")
 	}
 	id, _ := strconv.ParseInt(text, 10, 64)
 	return id
@@ -142,7 +153,8 @@ func (v *validation) idempotencyKey(r *http.Request) string {
 	visible := strings.IndexFunc(key, func(c rune) bool { return c <= ' ' || c > '~' }) < 0
 	if !visible || len(key) < 1 || len(key) > 255 {
 		const pattern = "^[!-~]{1,255}$"
-		v.add("string_pattern_mismatch", "String should match pattern '"+pattern+"'", quote(key), map[string]any{"pattern": pattern}, "header", "Idempotency-Key")
+		ctx := map[string]any{"pattern": pattern}
+		v.add("string_pattern_mismatch", "String should match pattern '"+pattern+"'", quote(key), ctx, "header", "Idempotency-Key")
 	}
 	return key
 }
