@@ -139,6 +139,48 @@ func TestChangesOfOneTaskInABatchAllSurvive(t *testing.T) {
 	s.as(t, "ann", "GET", own, "").is(t, 200, mustJSON(t, taskJSON{task.ID, "ann", "new", &d, true, task.CreatedAt, slices.Max(times)}))
 }
 
+func TestChangesOfTheSameTasksThroughTwoReplicasAllSurvive(t *testing.T) {
+	t.Parallel()
+	database := newDatabase(t)
+	replicas := []*service{newServiceWith(t, database, 16), newServiceWith(t, database, 16)}
+	const tasks, rounds = 6, 30
+	var group sync.WaitGroup
+	times := make([][3][]string, tasks)
+	for i := range tasks {
+		user := fmt.Sprint("user", i)
+		path := fmt.Sprintf("/api/%s/tasks/%d", user, replicas[0].create(t, user, "x").ID)
+		for field, name := range []string{"title", "description", "is_completed"} { // each has one who changes it
+			group.Go(func() {
+				for round := range rounds {
+					value := any(fmt.Sprint(name, round))
+					if field == 2 {
+						value = round%2 == 0
+					}
+					got := replicas[(i+field+round)%2].as(t, user, "PATCH", path, mustJSON(t, map[string]any{name: value}))
+					var members map[string]any
+					if got.decode(t, &members); members[name] != value {
+						t.Errorf("set %s to %v, got %s", name, value, got.body)
+						return
+					}
+					times[i][field] = append(times[i][field], got.task(t).UpdatedAt)
+				}
+			})
+		}
+	}
+	group.Wait()
+	for i := range tasks {
+		user := fmt.Sprint("user", i)
+		all := slices.Concat(times[i][0], times[i][1], times[i][2])
+		if slices.Sort(all); len(slices.Compact(all)) != 3*rounds {
+			t.Errorf("%d changes have %d times", 3*rounds, len(slices.Compact(all)))
+		}
+		got := replicas[0].as(t, user, "GET", "/api/"+user+"/tasks", "").tasks(t)[0]
+		if last := rounds - 1; got.Title != fmt.Sprint("title", last) || *got.Description != fmt.Sprint("description", last) || got.IsCompleted {
+			t.Errorf("%s has %+v", user, got)
+		}
+	}
+}
+
 func TestOneOfABatchThatIsLockedOrRefusedHoldsUpNobody(t *testing.T) {
 	t.Parallel()
 	database := newDatabase(t)
