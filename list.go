@@ -268,14 +268,14 @@ type chunk struct {
 
 // chunk reads up to n tasks of a list in one statement, fewer when they come to maxBytes, and appends them
 // to buffer.
-func (s *store) chunk(ctx context.Context, user string, q listQuery, n, maxBytes int, buffer []byte) (c chunk, err error) {
+func (s *store) chunk(ctx context.Context, user string, q listQuery, n, maxBytes int, buffer []byte) (chunk, error) {
 	start := len(buffer)
 	query, values := q.statement(user, int64(n)+1)
 	args := arguments(values...)
-	err = s.do(ctx, user, true, func(ctx context.Context) error {
+	return do(ctx, s, user, true, func(ctx context.Context) (chunk, error) {
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
-		c = chunk{json: buffer[:start], next: n}
+		c := chunk{json: buffer[:start], next: n}
 		count, last := 0, task{}
 		err := perform(ctx, s.db, query, args, func(row []driver.Value) error {
 			if c.more = count == n || len(c.json)-start >= maxBytes; c.more && count < n {
@@ -294,14 +294,13 @@ func (s *store) chunk(ctx context.Context, user string, q listQuery, n, maxBytes
 		})
 		c.last = q.place(last)
 		if err == errEnough {
-			return nil
+			return c, nil
 		}
 		if len(c.json)-start < maxBytes/2 {
 			c.next = min(2*n, chunkTasks)
 		}
-		return err
+		return c, err
 	})
-	return c, err
 }
 
 // statement composes the statement that reads n tasks from q.after on, and its arguments. Only words

@@ -127,20 +127,20 @@ func arguments(values ...any) []driver.NamedValue {
 // do runs f, which sends one statement, for a user: within the time limit, in the user's turn, and
 // again after a failure that left nothing behind. repeatable says that f is harmless to repeat even
 // when nobody knows whether it took effect. A nil store has not reached its database yet.
-func (s *store) do(ctx context.Context, user string, repeatable bool, f func(context.Context) error) error {
+func do[T any](ctx context.Context, s *store, user string, repeatable bool, f func(context.Context) (T, error)) (result T, err error) {
 	if s == nil {
-		return fmt.Errorf("%w: not connected yet", errUnavailable)
+		return result, fmt.Errorf("%w: not connected yet", errUnavailable)
 	}
 	ctx, cancel := context.WithTimeout(ctx, s.timeout)
 	defer cancel()
 	done, err := s.users.enter(ctx, user)
 	if err != nil {
-		return fmt.Errorf("%w: %w", errNoTurn, err)
+		return result, fmt.Errorf("%w: %w", errNoTurn, err)
 	}
 	defer done()
 	for wait := time.Duration(0); ; wait = min(2*wait+10*time.Millisecond, 250*time.Millisecond) {
-		if err = f(ctx); err == nil || !harmless(err) && !(repeatable && inDoubt(err)) {
-			return err
+		if result, err = f(ctx); err == nil || !harmless(err) && !(repeatable && inDoubt(err)) {
+			return result, err
 		}
 		if errors.Is(err, driver.ErrBadConn) {
 			wait = 0 // a connection of the pool that had died; there may be more of them
@@ -148,7 +148,7 @@ func (s *store) do(ctx context.Context, user string, repeatable bool, f func(con
 		select {
 		case <-time.After(wait):
 		case <-ctx.Done():
-			return fmt.Errorf("%w: %w", errUnavailable, err)
+			return result, fmt.Errorf("%w: %w", errUnavailable, err)
 		}
 	}
 }
@@ -210,19 +210,17 @@ func (s *store) one(ctx context.Context, user, query string, args []driver.Named
 const selectTask = `SELECT ` + taskColumns + ` FROM tasks WHERE user_id = $1 AND id = $2`
 
 // task returns one task.
-func (s *store) task(ctx context.Context, user string, id int64) (t task, err error) {
-	err = s.do(ctx, user, true, func(ctx context.Context) error {
-		t, err = s.share(ctx, &s.reads, &member{user: user, id: id}, func(ctx context.Context) (task, error) {
+func (s *store) task(ctx context.Context, user string, id int64) (task, error) {
+	return do(ctx, s, user, true, func(ctx context.Context) (task, error) {
+		return s.share(ctx, &s.reads, &member{user: user, id: id}, func(ctx context.Context) (task, error) {
 			return s.one(ctx, user, selectTask, arguments(user, id))
 		})
-		return err
 	})
-	return t, err
 }
 
 // createTask makes a task. With a key it makes one at most once: a repeat with the same title and
 // description returns the task as it is now, one with others fails with errKeyReused.
-func (s *store) createTask(ctx context.Context, user, key string, in taskInput) (t task, err error) {
+func (s *store) createTask(ctx context.Context, user, key string, in taskInput) (task, error) {
 	const insert = `INSERT INTO tasks (user_id, title, description) VALUES ($1, $2, $3) RETURNING ` + taskColumns
 	// The update changes nothing: it makes the statement see, lock and return the earlier row, which
 	// DO NOTHING would not.
@@ -231,15 +229,13 @@ func (s *store) createTask(ctx context.Context, user, key string, in taskInput) 
 		ON CONFLICT (user_id, idempotency_key) WHERE idempotency_key IS NOT NULL
 		DO UPDATE SET idempotency_key = excluded.idempotency_key
 		WHERE tasks.idempotency_hash = excluded.idempotency_hash RETURNING ` + taskColumns
-	err = s.do(ctx, user, key != "", func(ctx context.Context) error {
+	t, err := do(ctx, s, user, key != "", func(ctx context.Context) (task, error) {
 		if key != "" {
-			t, err = s.one(ctx, user, insertOnce, arguments(user, in.title, in.description, key, in.hash()))
-			return err
+			return s.one(ctx, user, insertOnce, arguments(user, in.title, in.description, key, in.hash()))
 		}
-		t, err = s.share(ctx, &s.creations, &member{user: user, in: in}, func(ctx context.Context) (task, error) {
+		return s.share(ctx, &s.creations, &member{user: user, in: in}, func(ctx context.Context) (task, error) {
 			return s.one(ctx, user, insert, arguments(user, in.title, in.description))
 		})
-		return err
 	})
 	if err == errNotFound {
 		err = errKeyReused
@@ -280,7 +276,7 @@ const changes = `title = coalesce(new_title, title),
 
 // updateTask changes what in has, in one atomic statement, if the task matches; it fails with
 // errModified when it exists and does not.
-func (s *store) updateTask(ctx context.Context, user string, id int64, match precondition, in taskInput) (t task, err error) {
+func (s *store) updateTask(ctx context.Context, user string, id int64, match precondition, in taskInput) (task, error) {
 	const query = `UPDATE tasks SET ` + changes + `
 		FROM (SELECT $4::text AS new_title, $5::boolean AS describes, $6::text AS new_description, $7::boolean AS new_is_completed) AS changed
 		WHERE user_id = $1 AND id = $2 AND ($3::timestamptz[] IS NULL OR updated_at = ANY ($3::timestamptz[]))
@@ -288,15 +284,12 @@ func (s *store) updateTask(ctx context.Context, user string, id int64, match pre
 	alone := func(ctx context.Context) (task, error) {
 		return s.one(ctx, user, query, arguments(user, id, match.times(), in.title, in.hasDescription, in.description, in.isCompleted))
 	}
-	err = s.conditional(ctx, user, id, match, func(ctx context.Context) error {
+	return s.conditional(ctx, user, id, match, func(ctx context.Context) (task, error) {
 		if match.times() != nil {
-			t, err = alone(ctx)
-		} else {
-			t, err = s.share(ctx, &s.changes, &member{user: user, id: id, in: in}, alone)
+			return alone(ctx)
 		}
-		return err
+		return s.share(ctx, &s.changes, &member{user: user, id: id, in: in}, alone)
 	})
-	return t, err
 }
 
 // deleteTask deletes a task if it matches; it fails with errModified when it exists and does not.
@@ -304,24 +297,25 @@ func (s *store) deleteTask(ctx context.Context, user string, id int64, match pre
 	const query = `DELETE FROM tasks
 		WHERE user_id = $1 AND id = $2 AND ($3::timestamptz[] IS NULL OR updated_at = ANY ($3::timestamptz[]))
 		RETURNING ` + taskColumns
-	return s.conditional(ctx, user, id, match, func(ctx context.Context) error {
-		_, err := s.one(ctx, user, query, arguments(user, id, match.times()))
-		return err
+	_, err := s.conditional(ctx, user, id, match, func(ctx context.Context) (task, error) {
+		return s.one(ctx, user, query, arguments(user, id, match.times()))
 	})
+	return err
 }
 
 // conditional runs a write that finds no row either because there is no task or because it does not
 // match, and tells the two apart. The write itself has decided; this only finds the words.
-func (s *store) conditional(ctx context.Context, user string, id int64, match precondition, write func(context.Context) error) error {
-	return s.do(ctx, user, false, func(ctx context.Context) error {
-		err := write(ctx)
+func (s *store) conditional(ctx context.Context, user string, id int64, match precondition,
+	write func(context.Context) (task, error)) (task, error) {
+	return do(ctx, s, user, false, func(ctx context.Context) (task, error) {
+		t, err := write(ctx)
 		if err != errNotFound || match.times() == nil {
-			return err
+			return t, err
 		}
 		if _, err := s.one(ctx, user, selectTask, arguments(user, id)); err != nil {
-			return err
+			return t, err
 		}
-		return errModified
+		return t, errModified
 	})
 }
 
