@@ -80,10 +80,15 @@ func originFault(origin string) string {
 	if port := u.Port(); port != "" && (port[0] == '0' || len(port) > 5 || len(port) == 5 && port > "65535") {
 		return "there is no such port"
 	}
-	if host := u.Hostname(); strings.HasPrefix(u.Host, "[") {
-		if addr, err := netip.ParseAddr(host); err != nil || addr.String() != host {
+	host := u.Hostname()
+	last := host[strings.LastIndex(strings.TrimSuffix(host, "."), ".")+1:]
+	addr, err := netip.ParseAddr(host)
+	if strings.HasPrefix(u.Host, "[") {
+		if err != nil || addr.String() != host || addr.Is4In6() || addr.Zone() != "" {
 			return "the IPv6 address must be in its shortest form"
 		}
+	} else if strings.Trim(last, "0123456789.") == "" && err != nil { // URL standard, "ends in a number checker"
+		return "a host that ends in a number must be an IPv4 address with four parts"
 	} else if strings.Trim(host, "abcdefghijklmnopqrstuvwxyz0123456789-_.") != "" || strings.Contains("."+host, "..") {
 		return "the host name must be in lower case, in its ASCII form (xn--…) where it has other letters"
 	}

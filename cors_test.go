@@ -108,7 +108,8 @@ func TestOriginsAreTakenOnlyAsBrowsersWriteThem(t *testing.T) {
 	for list, want := range map[string][]string{
 		"http://localhost:3000": {"http://localhost:3000"}, "https://a.example": {"https://a.example"}, " https://a.example ,\thttp://b:1 , http://b:65535": {"https://a.example", "http://b:1", "http://b:65535"},
 		"http://127.0.0.1:3000,http://[::1]:3000,http://[2001:db8::1]": {"http://127.0.0.1:3000", "http://[::1]:3000", "http://[2001:db8::1]"}, "https://xn--bcher-kva.example,https://a_b-c.example.": {"https://xn--bcher-kva.example", "https://a_b-c.example."},
-		"http://a:443,https://a:80,https://a:8443": {"http://a:443", "https://a:80", "https://a:8443"},
+		"http://a:443,https://a:80,https://a:8443":      {"http://a:443", "https://a:80", "https://a:8443"},
+		"http://3cx,http://a.b3,http://255.255.255.255": {"http://3cx", "http://a.b3", "http://255.255.255.255"},
 	} {
 		if got, err := parseOrigins(list); err != nil || !slices.Equal(got, want) {
 			t.Errorf("%q: %q, %v", list, got, err)
@@ -117,7 +118,7 @@ func TestOriginsAreTakenOnlyAsBrowsersWriteThem(t *testing.T) {
 	for _, origin := range []string{"*", "null", "", " ", ",", "http://a,", ",http://a", "http://a,,http://b", "http://a/", "http://a/path", "http://a?", "http://a?q", "http://a#", "http://a#f", "http://a,*", "https://*.a.example", "http://*", "a.example", "localhost:3000", "//a",
 		"http:a", "http:/a", "http://", "http://:3000", "https://:", "http:///", "http:////a", "HTTP://a", "Https://a", "http://A.example", "https://a.exaMple", "ftp://a", "ftp://a:21", "ws://a:8080", "HTTP://a:8080", "file://", "chrome-extension://a", "http://a:80", "https://a:443", "http://a:", "http://a:0", "http://a:00", "http://a:080", "http://a:65536",
 		"http://a:99999999999999999999", "http://a:-1", "http://a:+1", "http://a:x", "http://a:1:2", "http://u@a", "http://u:p@a", "http://@a", "http://a b", "http://a http://b", "http://a;http://b", "http://a\nb", "http://a\x00", "http://bücher.example", "http://a。example", "http://a%2Fb", "http://%61", "http://a\\b",
-		"http://.a", "http://a..b", "http://[::1", "http://::1", "http://[0:0:0:0:0:0:0:1]", "http://[::1%25eth0]", "http://[2001:DB8::1]", "http://[a]", "http://[]", "'http://a'", `"http://a"`, "http://a\u00a0"} {
+		"http://.a", "http://a..b", "http://127.1", "http://256.0.0.1", "http://127.0.0.1.", "http://a.255", "http://1", "http://.", "http://[::ffff:1.2.3.4]", "http://[fe80::1%25a]", "http://[::1", "http://::1", "http://[0:0:0:0:0:0:0:1]", "http://[::1%25eth0]", "http://[2001:DB8::1]", "http://[a]", "http://[]", "'http://a'", `"http://a"`, "http://a\u00a0"} {
 		if got, err := parseOrigins(origin); err == nil {
 			t.Errorf("%q is taken as %q", origin, got)
 		}
