@@ -140,7 +140,9 @@ func startDevDB(ctx context.Context, f devFolder, log *slog.Logger, onExit func(
 	db.config = pq.Config{Host: socket, Port: 5432, User: "taskflow", Database: "postgres", SSLMode: pq.SSLModeDisable,
 		ApplicationName: "taskflow", ClientEncoding: "UTF8", Datestyle: "ISO, MDY", BinaryParameters: true,
 		Runtime: map[string]string{"timezone": "UTC"}}
-	db.await(ctx)
+	if err := db.await(ctx); err != nil {
+		return nil, fmt.Errorf("the private PostgreSQL does not start: %w; see %s", err, logFile.Name())
+	}
 	log.Info("private PostgreSQL started", "folder", f.path, "programs", programs)
 	return db, nil
 }
@@ -174,20 +176,20 @@ func (db *devDB) launch(command *exec.Cmd, onExit func(error)) error {
 	return <-started
 }
 
-// await waits until the server takes connections, or has ended.
-func (db *devDB) await(ctx context.Context) {
+// await waits until the server takes connections. It fails when it has ended.
+func (db *devDB) await(ctx context.Context) error {
 	connector := newConnector(db.config, stopPatience)
 	for ctx.Err() == nil {
 		if conn, err := connector.Connect(ctx); err == nil {
-			_ = conn.Close()
-			return
+			return conn.Close()
 		}
 		select {
 		case <-db.exited:
-			return
+			return errors.New("it has ended")
 		case <-time.After(5 * time.Millisecond):
 		}
 	}
+	return ctx.Err()
 }
 
 // initialise makes the data directory: under another name first, so that what has its name is whole.
