@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/base64"
 	"errors"
+	"fmt"
 	"math"
 	"net/http"
 	"strconv"
@@ -22,6 +23,9 @@ var (
 )
 
 const maxSubject = 255 // bytes
+
+// invalid is an errInvalidToken with the reason, which only the log gets.
+func invalid(reason string) error { return fmt.Errorf("%w: %s", errInvalidToken, reason) }
 
 // An authenticator judges tokens: those of HS256 with the secret, all others with the JWKS.
 type authenticator struct {
@@ -64,7 +68,7 @@ func bearer(lines []string) (string, error) {
 	return token, nil
 }
 
-// subject returns the user whom the token names, or errInvalidToken, errExpiredToken, or errJWKSDown.
+// subject returns the user whom the token names. It fails with errInvalidToken, errExpiredToken, or errJWKSDown.
 func (a *authenticator) subject(ctx context.Context, token string) (string, error) {
 	now, keys := float64(time.Now().UnixNano())/1e9, a.jwks.current()
 	v, ok := a.verified.load(token)
@@ -90,28 +94,30 @@ func (a *authenticator) judge(ctx context.Context, token string, now float64) (v
 	claims, err2 := tokenPart(body)
 	sig, err3 := base64.RawURLEncoding.Strict().DecodeString(signature)
 	if !ok || !ok2 || errors.Join(err, err2, err3) != nil {
-		return v, errInvalidToken
+		return v, invalid("not a JWT")
 	}
-	v, ok = a.accept(claims, now)
-	alg, algOK := claimText(header, "alg")
-	if _, critical := header.member("crit"); !ok || !algOK || critical > 0 {
-		return v, errInvalidToken // RFC 7515 section 4.1.11: no extension is understood here
+	if _, critical := header.member("crit"); critical > 0 {
+		return v, invalid("crit") // RFC 7515 section 4.1.11: no extension is understood here
 	}
-	return v, a.verify(ctx, header, alg, signed, sig)
+	if v, err = a.accept(claims, now); err != nil {
+		return v, err
+	}
+	return v, a.verify(ctx, header, signed, sig)
 }
 
-// verify checks the signature with a key that is meant for alg.
-func (a *authenticator) verify(ctx context.Context, header jsonValue, alg, signed string, signature []byte) error {
+// verify checks the signature with a key that is meant for the header's alg.
+func (a *authenticator) verify(ctx context.Context, header jsonValue, signed string, signature []byte) error {
+	alg, _ := claimText(header, "alg")
 	if alg == jwt.SigningMethodHS256.Alg() {
 		if a.secret == nil || jwt.SigningMethodHS256.Verify(signed, signature, a.secret) != nil {
-			return errInvalidToken
+			return invalid("signature")
 		}
 		return nil
 	}
 	method := asymmetric[alg]
 	kid, ok := claimText(header, "kid")
 	if a.jwks == nil || method == nil || !ok {
-		return errInvalidToken
+		return invalid("alg, or no kid")
 	}
 	keys, err := a.jwks.keys(ctx, kid)
 	if err != nil {
@@ -122,28 +128,30 @@ func (a *authenticator) verify(ctx context.Context, header jsonValue, alg, signe
 			return nil
 		}
 	}
-	return errInvalidToken
+	return invalid("signature, or no such key")
 }
 
-// accept reads the claims; ok is false when they are not to be accepted whatever the signature.
-func (a *authenticator) accept(claims jsonValue, now float64) (v verified, ok bool) {
+// accept reads the claims, and fails when they are not to be accepted whatever the signature.
+func (a *authenticator) accept(claims jsonValue, now float64) (v verified, err error) {
+	var ok bool
 	if v.user, ok = claimText(claims, "sub"); !ok || v.user == "" || len(v.user) > maxSubject {
-		return v, false
+		return v, invalid("sub")
 	}
 	if v.exp, ok = claimTime(claims, "exp"); !ok {
-		return v, false
+		return v, invalid("exp")
 	}
 	if _, n := claims.member("nbf"); n > 0 {
 		if nbf, ok := claimTime(claims, "nbf"); !ok || now < nbf {
-			return v, false
+			return v, invalid("nbf")
 		}
 	}
-	if a.issuer != "" {
-		if issuer, ok := claimText(claims, "iss"); !ok || issuer != a.issuer {
-			return v, false
-		}
+	if issuer, ok := claimText(claims, "iss"); a.issuer != "" && (!ok || issuer != a.issuer) {
+		return v, invalid("iss")
 	}
-	return v, a.audience == "" || claimHolds(claims, "aud", a.audience)
+	if a.audience != "" && !claimHolds(claims, "aud", a.audience) {
+		return v, invalid("aud")
+	}
+	return v, nil
 }
 
 // tokenPart decodes a part of a token that must be a JSON object.

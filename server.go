@@ -135,7 +135,7 @@ type response struct {
 	status int
 	bytes  int64
 	user   string // whom the token names
-	cause  error  // of a 5xx, or of a stream that broke
+	cause  error  // of a 5xx, of a stream that broke, or of what an answer does not say
 }
 
 // Unwrap is for http.ResponseController.
@@ -217,8 +217,10 @@ func (s *server) logRequest(w *response, r *http.Request, id string, took time.D
 	}
 	if w.cause != nil {
 		attrs = append(attrs, slog.String("error", w.cause.Error()))
-		if level = slog.LevelWarn; isBug(w.cause) {
+		if isBug(w.cause) {
 			level = slog.LevelError
+		} else if w.status < 400 || w.status >= 500 {
+			level = slog.LevelWarn
 		}
 	}
 	s.log.LogAttrs(context.Background(), level, "request", attrs...)
@@ -241,7 +243,9 @@ func (s *server) fail(w *response, r *http.Request, err error) {
 	h := w.Header()
 	switch {
 	case errors.As(err, &public):
-		status, detail = public.status, public.detail
+		if status, detail = public.status, public.detail; err != error(public) {
+			w.cause = err
+		}
 	case errors.As(err, &faults):
 		status, detail = http.StatusUnprocessableEntity, faults
 	case !isBug(err): // all that is left comes from the database, or the JWKS
