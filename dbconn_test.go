@@ -537,7 +537,8 @@ func TestNeonsStringWorksPastedUnchanged(t *testing.T) {
 	}
 	folder := must(temporaryFolder())
 	t.Cleanup(func() { _ = os.RemoveAll(folder.path) })
-	address := fmt.Sprintf("127.%d.%d.2", 1+os.Getpid()>>8&0x7f, os.Getpid()&0xff)
+	address := fmt.Sprintf("127.%d.%d.2", 1+os.Getpid()>>8&0x7f, os.Getpid()&0xff) // not that of another run
+	other := strings.TrimSuffix(address, "2") + "3"
 	private := must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
 	template := &x509.Certificate{SerialNumber: big.NewInt(1), IPAddresses: []net.IP{net.ParseIP(address)}, NotAfter: time.Now().Add(time.Hour),
 		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign}
@@ -554,7 +555,7 @@ func TestNeonsStringWorksPastedUnchanged(t *testing.T) {
 	key := file("key.pem", pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: must(x509.MarshalPKCS8PrivateKey(private))}))
 	hba := file("hba.conf", []byte("local all all trust\nhostssl all all all scram-sha-256\n"))
 	db := must(startDevDB(t.Context(), folder, slog.New(slog.DiscardHandler), func(error) {}, "fsync=off", "hba_file="+hba,
-		"listen_addresses="+address+",127.0.0.3", "ssl=on", "ssl_cert_file="+authority, "ssl_key_file="+key))
+		"listen_addresses="+address+","+other, "ssl=on", "ssl_cert_file="+authority, "ssl_key_file="+key))
 	t.Cleanup(func() { _ = db.stop() })
 	ask(t, db.config, `CREATE ROLE neondb_owner LOGIN PASSWORD 'npg_Secret'`)
 	ask(t, db.config, `CREATE DATABASE neondb OWNER neondb_owner`)
@@ -566,7 +567,7 @@ func TestNeonsStringWorksPastedUnchanged(t *testing.T) {
 		{"own authority", "", right + "&sslrootcert=" + authority, ""},
 		{"unverified", "", instead("&channel_binding=require", ""), ""},
 		{"unknown authority", "", right, "certificate signed by unknown authority"},
-		{"other host", authority, instead(address, "127.0.0.3"), "certificate is valid for " + address},
+		{"other host", authority, instead(address, other), "certificate is valid for " + address},
 		{"wrong password", authority, instead("Secret", "Wrong"), "28P01"},
 		{"no such user", authority, instead("owner", "guest"), "28P01"},
 		{"no such database", authority, instead("/neondb", "/none"), "3D000"},
