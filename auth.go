@@ -88,12 +88,12 @@ func (a *authenticator) subject(ctx context.Context, token string) (string, erro
 
 // judge checks all of a token but its expiry.
 func (a *authenticator) judge(ctx context.Context, token string, now float64) (v verified, err error) {
-	signed, signature, ok := cutLast(token, ".")
-	head, body, ok2 := strings.Cut(signed, ".")
+	head, rest, _ := strings.Cut(token, ".")
+	body, signature, ok := strings.Cut(rest, ".") // no further dot is base64url
 	header, err := tokenPart(head)
 	claims, err2 := tokenPart(body)
 	sig, err3 := base64.RawURLEncoding.Strict().DecodeString(signature)
-	if !ok || !ok2 || errors.Join(err, err2, err3) != nil {
+	if !ok || errors.Join(err, err2, err3) != nil {
 		return v, invalid("not a JWT")
 	}
 	if _, critical := header.member("crit"); critical > 0 {
@@ -102,7 +102,7 @@ func (a *authenticator) judge(ctx context.Context, token string, now float64) (v
 	if v, err = a.accept(claims, now); err != nil {
 		return v, err
 	}
-	return v, a.verify(ctx, header, signed, sig)
+	return v, a.verify(ctx, header, strings.TrimSuffix(token, "."+signature), sig)
 }
 
 // verify checks the signature with a key that is meant for the header's alg.
@@ -259,12 +259,4 @@ func (c *tokenCache) store(token string, v verified) {
 		c.young, c.old = map[string]verified{}, c.young
 	}
 	c.young[strings.Clone(token)] = v
-}
-
-// cutLast cuts s around the last sep.
-func cutLast(s, sep string) (before, after string, found bool) {
-	if i := strings.LastIndex(s, sep); i >= 0 {
-		return s[:i], s[i+len(sep):], true
-	}
-	return s, "", false
 }

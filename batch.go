@@ -38,19 +38,13 @@ type batcher struct {
 
 // A member is a request for one task, with the answer to it once done is closed.
 type member struct {
-	user  string
-	id    int64
-	in    taskInput
-	task  task
-	err   error
-	done  chan struct{}
-	batch *batch // nil while it is waiting
-}
-
-// A batch ends with its statement, or when all who wait for it have gone.
-type batch struct {
-	cancel func()
-	left   int // members who still wait
+	user string
+	id   int64
+	in   taskInput
+	task task
+	err  error
+	done chan struct{}
+	end  func() // of its batch; nil while it is waiting
 }
 
 // share answers m by a batch of b or by alone, a statement for m only.
@@ -103,10 +97,9 @@ func (b *batcher) next() {
 		return
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	shared := &batch{cancel, n}
 	members := slices.Clone(b.waiting[:n])
 	for _, m := range members {
-		m.batch, m.err = shared, errAlone
+		m.end, m.err = cancel, errAlone
 	}
 	b.waiting = slices.Delete(b.waiting, 0, n)
 	go b.run(ctx, cancel, members)
@@ -116,12 +109,12 @@ func (b *batcher) run(ctx context.Context, cancel func(), members []*member) {
 	defer b.statement()()
 	defer cancel()
 	err := b.attempt(ctx, members)
-	// What was refused may be so for the sake of one: alone, the others get their answers.
-	refused := pq.As(err) != nil && (isBug(err) || pq.As(err, "0A000") != nil)
+	// What was refused, or cancelled, may have been so for the sake of one: alone, the others get their answers.
+	if err != nil && !inDoubt(err) && !harmless(err) && !errors.Is(err, errPanic) {
+		err = errAlone
+	}
 	for _, m := range members {
-		if refused {
-			m.err = errAlone
-		} else if err != nil {
+		if err != nil {
 			m.err = err
 		}
 		close(m.done)
@@ -138,25 +131,29 @@ func (b *batcher) attempt(ctx context.Context, members []*member) (err error) {
 	return b.together(ctx, members)
 }
 
-// leave is for one who waits no longer.
+// leave is for one who waits no longer. What goes on without him may undo what he does next, so his batch
+// has only patience left; the others then go alone.
 func (b *batcher) leave(m *member) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if m.batch == nil {
+	if m.end == nil {
 		b.waiting = slices.DeleteFunc(b.waiting, func(other *member) bool { return other == m })
-	} else if m.batch.left--; m.batch.left == 0 {
-		m.batch.cancel()
+	} else {
+		time.AfterFunc(patience, m.end)
 	}
 }
+
+// whereSmall leaves out tasks that are better sent alone: see maxBatchText.
+const whereSmall = ` WHERE (description IS NULL OR octet_length(description) <= 4096)`
 
 // selectTogether looks each task up in the index, also by a plan that was made while the table was small: that
 // is what LATERAL and LIMIT say here, and OFFSET in updateTogether.
 const selectTogether = `SELECT ` + taskColumns + `, number
 	FROM unnest($1::text[], $2::bigint[]) WITH ORDINALITY AS wanted (owner, task, number),
-		LATERAL (SELECT * FROM tasks WHERE user_id = owner AND id = task LIMIT 1) AS tasks`
+		LATERAL (SELECT * FROM tasks WHERE user_id = owner AND id = task LIMIT 1) AS tasks` + whereSmall
 
 func (s *store) readTogether(ctx context.Context, members []*member) error {
-	return perform(ctx, s.db, selectTogether, arguments(column(members, owner), column(members, number)), deliver(members))
+	return perform(ctx, s.db, selectTogether, arguments(column(members, owner), column(members, taskID)), deliver(members))
 }
 
 func (s *store) createTogether(ctx context.Context, members []*member) error {
@@ -179,17 +176,17 @@ func (s *store) createTogether(ctx context.Context, members []*member) error {
 
 // updateTogether passes over tasks that are locked, so that it waits for nobody, nor two batches for each
 // other, and over all but one change of the same task.
-const updateTogether = `UPDATE tasks SET ` + changes + `
+const updateTogether = `UPDATE tasks SET ` + assignments + `
 	FROM (SELECT wanted.* FROM unnest($1::text[], $2::bigint[], $3::text[], $4::boolean[], $5::text[], $6::boolean[])
 			WITH ORDINALITY AS wanted (owner, task, new_title, describes, new_description, new_is_completed, number),
-		LATERAL (SELECT user_id, id FROM tasks WHERE user_id = owner AND id = task LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED) AS free
-		WHERE user_id = owner AND id = task OFFSET 0) AS changed
+		LATERAL (SELECT user_id, id, description FROM tasks WHERE user_id = owner AND id = task LIMIT 1
+			FOR NO KEY UPDATE SKIP LOCKED) AS free` + whereSmall + ` AND user_id = owner AND id = task OFFSET 0) AS changed
 	WHERE user_id = owner AND id = task RETURNING ` + taskColumns + `, number`
 
 func (s *store) changeTogether(ctx context.Context, members []*member) error {
 	describes := column(members, func(m *member) bool { return m.in.hasDescription })
 	isCompleted := column(members, func(m *member) *bool { return m.in.isCompleted })
-	return perform(ctx, s.db, updateTogether, arguments(column(members, owner), column(members, number), column(members, title), describes,
+	return perform(ctx, s.db, updateTogether, arguments(column(members, owner), column(members, taskID), column(members, title), describes,
 		column(members, description), isCompleted), deliver(members))
 }
 
@@ -212,6 +209,6 @@ func column[T any](members []*member, value func(*member) T) any {
 }
 
 func owner(m *member) string        { return m.user }
-func number(m *member) int64        { return m.id }
+func taskID(m *member) int64        { return m.id }
 func title(m *member) *string       { return m.in.title }
 func description(m *member) *string { return m.in.description }

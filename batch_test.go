@@ -278,7 +278,7 @@ func TestABatchWithoutAnAnswerIsInDoubtForAll(t *testing.T) {
 	}
 }
 
-func TestABatchEndsWhenAllWhoWaitForItHaveGone(t *testing.T) {
+func TestABatchEndsWhenOneWhoWaitsForItHasGone(t *testing.T) {
 	t.Parallel()
 	database := newDatabase(t)
 	s := newServiceWith(t, database, 8)
@@ -299,14 +299,11 @@ func TestABatchEndsWhenAllWhoWaitForItHaveGone(t *testing.T) {
 	}()
 	eventually(t, "the batch waits for the table", func() bool { return others(t, database, waiting) == "1" })
 	hangUp[0]()
-	s.as(t, "bob", "GET", "/health", "").is(t, 200, `{"status":"healthy"}`)
-	if n := others(t, database, waiting); n != "1" {
-		t.Errorf("%s statements wait after one of three has gone", n)
-	}
+	eventually(t, "the others go alone", func() bool { return others(t, database, waiting) == "2" })
 	hangUp[1]()
 	hangUp[2]()
 	<-done
-	eventually(t, "it is cancelled", func() bool { return others(t, database, waiting) == "0" })
+	eventually(t, "all are cancelled", func() bool { return others(t, database, waiting) == "0" })
 	release()
 	s.as(t, "ann", "GET", "/api/ann/tasks", "").is(t, 200, "[]")
 	s.logs.at(slog.LevelWarn)
@@ -348,6 +345,30 @@ func TestABatcherAnswersAllThatItTakes(t *testing.T) {
 	b.share(t, 0, nil) // the last one has ended
 	if len(asked) != 2 || len(asked[0]) != 2 || len(asked[1]) != 1 || b.queue() > 0 {
 		t.Errorf("asked %q; %d wait", asked, b.queue())
+	}
+}
+
+func TestATaskWithALongDescriptionIsAskedForAlone(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	long := strings.Repeat("é", maxBatchText/2)
+	var paths [3]string
+	for i, description := range []string{long + "x", long, "short"} {
+		paths[i] = fmt.Sprint("/api/ann/tasks/", s.as(t, "ann", "POST", "/api/ann/tasks", mustJSON(t, map[string]string{"title": "x", "description": description})).task(t).ID)
+	}
+	members := []*member{{user: "ann", id: 1, err: errAlone}, {user: "ann", id: 2, err: errAlone}, {user: "ann", id: 3, err: errAlone}}
+	for _, together := range []func(context.Context, []*member) error{s.tasks().readTogether, s.tasks().changeTogether} {
+		if err := together(t.Context(), members); err != nil || members[0].err != errAlone || members[1].err != nil || members[2].err != nil {
+			t.Errorf("%v: %v, %v, %v", err, members[0].err, members[1].err, members[2].err)
+		}
+		for _, m := range members {
+			m.err = errAlone
+		}
+	}
+	for _, b := range []*batcher{&s.tasks().reads, &s.tasks().changes} {
+		b.share(t, len(paths), func(i int) {
+			s.as(t, "ann", map[bool]string{true: "GET", false: "PATCH"}[b == &s.tasks().reads], paths[i], "{}").task(t)
+		})
 	}
 }
 

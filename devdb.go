@@ -54,7 +54,7 @@ func findPrograms(major string) (string, error) {
 	places := filepath.SplitList(os.Getenv("PATH"))
 	for _, pattern := range programPlaces {
 		found, _ := filepath.Glob(pattern)
-		slices.SortFunc(found, func(a, b string) int { return cmp.Or(len(b)-len(a), strings.Compare(b, a)) })
+		slices.SortFunc(found, func(a, b string) int { return cmp.Or(len(b)-len(a), strings.Compare(b, a)) }) // 18 before 9
 		places = append(places, found...)
 	}
 	for _, place := range places {

@@ -7,11 +7,13 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/http"
 	"net/url"
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 	"unicode/utf8"
 )
 
@@ -105,7 +107,7 @@ func (v *validation) listQuery(r *http.Request, user string) (q listQuery) {
 		case n < 1:
 			v.add("greater_than_equal", "Input should be greater than or equal to 1", quote(text), map[string]any{"ge": 1}, "query", "limit")
 		case n > maxLimit:
-			v.add("less_than_equal", "Input should be less than or equal to 1000", quote(text), map[string]any{"le": maxLimit}, "query", "limit")
+			v.add("less_than_equal", fmt.Sprintf("Input should be less than or equal to %d", maxLimit), quote(text), map[string]any{"le": maxLimit}, "query", "limit")
 		}
 		q.limit = n
 	})
@@ -243,6 +245,7 @@ func (s *server) streamTasks(w *response, r *http.Request, user string, q listQu
 			_, _ = w.Write([]byte("]"))
 			return c.json, nil
 		}
+		_ = http.NewResponseController(w).SetReadDeadline(time.Time{}) // a GET's body, too, has been read by now
 		q.after = c.last
 		tasks, buffer, err := c.next, append(c.json[:0], ','), errNoTurn
 		for errors.Is(err, errNoTurn) && r.Context().Err() == nil { // a list under way has time to wait for its turn

@@ -19,7 +19,7 @@
 //	DB_POOL_TIMEOUT       5s; how long a request may wait for the database before its 503
 //
 // Exit status 2 means a bad configuration or command line, 1 a failure to start or to stop.
-// SIGTERM and SIGINT stop it: /ready turns 503, after a second the listener closes, and requests in
+// SIGTERM, SIGINT and SIGHUP stop it: /ready turns 503, after a second the listener closes, and requests in
 // flight finish. A second signal ends it at once.
 package main
 
@@ -125,16 +125,16 @@ func version() string {
 
 // authenticator makes what judges tokens from the configuration.
 func (c config) authenticator() (*authenticator, error) {
-	a := &authenticator{secret: []byte(c.secret), issuer: c.issuer, audience: c.audience, verified: &tokenCache{}}
+	a := &authenticator{issuer: c.issuer, audience: c.audience, verified: &tokenCache{}}
+	if c.secret != "" {
+		a.secret = []byte(c.secret)
+	}
 	if c.secret == "" && c.development {
 		secret, err := developmentSecret()
 		if err != nil {
 			return nil, err
 		}
 		a.secret = secret
-	}
-	if len(a.secret) == 0 {
-		a.secret = nil
 	}
 	if c.jwksURL != "" {
 		a.jwks = newJWKS(c.jwksURL)
@@ -210,7 +210,7 @@ func serve(ctx context.Context, cfg config, stdout, stderr io.Writer) (err error
 	if err != nil {
 		return err
 	}
-	failed := make(chan error, 3) // room for all who may report, so that none waits
+	failed := make(chan error, 3) // from bringUp, its PostgreSQL, and Serve: room for all, so that none waits
 	logger.Info("listening", "address", listener.Addr().String(), "version", version())
 
 	if auth.jwks != nil {

@@ -80,7 +80,11 @@ func (s *store) applySchema(ctx context.Context) error {
 	asking, cancel := context.WithTimeout(ctx, s.timeout)
 	defer cancel()
 	applied, err := s.schemaApplied(asking)
-	if err != nil || applied {
+	if applied {
+		err = perform(asking, s.probe, `SELECT `+taskColumns+` FROM tasks LIMIT 0`, nil, discard)
+	}
+	missing := pq.As(err, "42703") != nil // undefined_column: one that this version has added
+	if err != nil && !missing || applied && !missing {
 		return err
 	}
 	if err := perform(ctx, s.probe, schema, nil, discard); err != nil {
@@ -142,7 +146,7 @@ func do[T any](ctx context.Context, s *store, user string, repeatable bool, f fu
 		if result, err = f(ctx); err == nil || !harmless(err) && !(repeatable && inDoubt(err)) {
 			return result, err
 		}
-		if errors.Is(err, driver.ErrBadConn) {
+		if unsent := new(connectError); errors.Is(err, driver.ErrBadConn) && !errors.As(err, unsent) {
 			wait = 0 // a connection of the pool that had died; there may be more of them
 		}
 		select {
@@ -264,9 +268,9 @@ func (in taskInput) hash() []byte {
 	return sum[:]
 }
 
-// changes sets what a request has changed, given as the columns of changed. The time moves on if and
+// assignments set what a request has changed, given as the columns of changed. The time moves on if and
 // only if a value does, and always forward.
-const changes = `title = coalesce(new_title, title),
+const assignments = `title = coalesce(new_title, title),
 	description = CASE WHEN describes THEN new_description ELSE description END,
 	is_completed = coalesce(new_is_completed, is_completed),
 	updated_at = CASE
@@ -277,7 +281,7 @@ const changes = `title = coalesce(new_title, title),
 // updateTask changes what in has, in one atomic statement, if the task matches; it fails with
 // errModified when it exists and does not.
 func (s *store) updateTask(ctx context.Context, user string, id int64, match precondition, in taskInput) (task, error) {
-	const query = `UPDATE tasks SET ` + changes + `
+	const query = `UPDATE tasks SET ` + assignments + `
 		FROM (SELECT $4::text AS new_title, $5::boolean AS describes, $6::text AS new_description, $7::boolean AS new_is_completed) AS changed
 		WHERE user_id = $1 AND id = $2 AND ($3::timestamptz[] IS NULL OR updated_at = ANY ($3::timestamptz[]))
 		RETURNING ` + taskColumns

@@ -167,6 +167,15 @@ func TestADatabaseThatCannotBeUsedIsAStartupErrorThatSaysWhy(t *testing.T) {
 	}
 }
 
+func TestATableThatLacksAColumnIsNotTakenForApplied(t *testing.T) {
+	t.Parallel()
+	database := newDatabase(t)
+	ask(t, database, `ALTER TABLE tasks DROP COLUMN is_completed`)
+	if err := apply(t, database); err == nil || !strings.Contains(err.Error(), "is_completed") {
+		t.Error(err)
+	}
+}
+
 func TestAnAppliedSchemaNeedsNoRightsButThoseOnTheRows(t *testing.T) {
 	t.Parallel()
 	database := newDatabaseFrom(t, "template1")

@@ -118,12 +118,12 @@ func (v *validation) text(raw []byte, name string, lower, upper int) *string {
 	return &text
 }
 
-// length checks that a text has lower to upper code points.
+// length checks that a text has lower, 0 or 1, to upper code points.
 func (v *validation) length(text string, lower, upper int, input []byte, loc ...any) {
 	if n := utf8.RuneCountInString(text); n < lower {
-		v.add("string_too_short", "String should have at least "+plural(lower, "character"), input, map[string]any{"min_length": lower}, loc...)
+		v.add("string_too_short", "String should have at least 1 character", input, map[string]any{"min_length": lower}, loc...)
 	} else if n > upper {
-		v.add("string_too_long", "String should have at most "+plural(upper, "character"), input, map[string]any{"max_length": upper}, loc...)
+		v.add("string_too_long", fmt.Sprintf("String should have at most %d characters", upper), input, map[string]any{"max_length": upper}, loc...)
 	}
 }
 
@@ -298,11 +298,4 @@ func isRFC3339(text string) bool {
 	const layout = "2006-01-02T15:04:05.000000Z"
 	t, err := time.Parse(layout, text)
 	return err == nil && t.Format(layout) == text && t.Year() > 0
-}
-
-func plural(n int, noun string) string {
-	if n == 1 {
-		return "1 " + noun
-	}
-	return strconv.Itoa(n) + " " + noun + "s"
 }
