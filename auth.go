@@ -3,10 +3,12 @@ package main
 import (
 	"context"
 	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -185,25 +187,17 @@ func claimTime(v jsonValue, name string) (float64, bool) {
 }
 
 // claimHolds reports whether the member, which is there exactly once, is text or a list of strings with text in it.
-func claimHolds(v jsonValue, name, text string) (holds bool) {
+func claimHolds(v jsonValue, name, text string) bool {
 	raw, n := v.member(name)
 	if n != 1 {
 		return false
 	}
-	if raw[0] == '"' {
-		value, ok := jsonText(raw)
-		return ok && value == text
+	if raw[0] != '[' {
+		raw = slices.Concat([]byte("["), raw, []byte("]"))
 	}
-	elements, ok := jsonElements(raw)
-	for _, element := range elements {
-		if element[0] != '"' {
-			return false
-		}
-		if value, ok := jsonText(element); ok && value == text {
-			holds = true
-		}
-	}
-	return ok && holds
+	var list []*string
+	return json.Unmarshal(raw, &list) == nil && !slices.Contains(list, nil) &&
+		slices.ContainsFunc(list, func(s *string) bool { return *s == text })
 }
 
 // developmentToken makes a token that this service accepts, for the user and time given.

@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"encoding/json"
 	"strconv"
 	"unicode/utf16"
 	"unicode/utf8"
@@ -297,19 +296,6 @@ func jsonText(raw []byte) (text string, storable bool) {
 		out = utf8.AppendRune(out, r)
 	}
 	return string(out), storable
-}
-
-// jsonElements returns the raw elements of a JSON array that parseJSON has accepted; ok is false for
-// another kind of value.
-func jsonElements(raw []byte) (elements [][]byte, ok bool) {
-	var list []json.RawMessage
-	if raw[0] != '[' || json.Unmarshal(raw, &list) != nil {
-		return nil, false
-	}
-	for _, element := range list {
-		elements = append(elements, element)
-	}
-	return elements, true
 }
 
 // escapes maps the letter of a two-character escape to what it stands for (RFC 8259 section 7).
