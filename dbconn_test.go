@@ -413,6 +413,16 @@ func TestAStatementIsRepeatedOnlyWhereThatIsHarmless(t *testing.T) {
 	}
 }
 
+func TestAWriteThatSentNothingIsNotASentStatement(t *testing.T) {
+	t.Parallel()
+	near, far := net.Pipe()
+	_ = far.Close()
+	c := &netConn{Conn: near}
+	if n, err := c.Write([]byte("x")); n > 0 || err == nil || c.wrote {
+		t.Errorf("wrote %d, %v; counts as sent: %t", n, err, c.wrote)
+	}
+}
+
 func TestConnectionsThatTheServerHasClosedAreNoticedBeforeAStatementIsSent(t *testing.T) {
 	t.Parallel()
 	const size = 12

@@ -230,7 +230,7 @@ func serve(ctx context.Context, cfg config, stdout, stderr io.Writer) (err error
 	case <-database:
 	case <-time.After(headStart):
 	}
-	go func() { failed <- httpServer.Serve(patientListener{listener}) }()
+	go func() { failed <- httpServer.Serve(patientListener{listener, writeTimeout}) }()
 
 	select {
 	case <-signals.Done():
@@ -360,22 +360,28 @@ func pasteLine(auth *authenticator, address *net.TCPAddr) string {
 		token, net.JoinHostPort(host, fmt.Sprint(address.Port)), demoUser)
 }
 
-// A patientListener's connections wait for a slow reader as long as it takes something now and then.
-type patientListener struct{ net.Listener }
+// A patientListener's connections wait for a slow reader as long as it takes something within limit.
+type patientListener struct {
+	net.Listener
+	limit time.Duration
+}
 
 func (l patientListener) Accept() (net.Conn, error) {
 	c, err := l.Listener.Accept()
 	if err != nil {
 		return nil, err
 	}
-	return patientConn{c.(*net.TCPConn)}, nil
+	return patientConn{c.(*net.TCPConn), l.limit}, nil
 }
 
-type patientConn struct{ *net.TCPConn }
+type patientConn struct {
+	*net.TCPConn
+	limit time.Duration
+}
 
-// Write fails when the peer has taken nothing for writeTimeout.
+// Write fails when the peer has taken nothing for the limit, or a sixth more.
 func (c patientConn) Write(b []byte) (written int, err error) {
-	const step = writeTimeout / 6
+	step := c.limit / 6
 	for idle := time.Duration(0); ; {
 		if err := c.SetWriteDeadline(time.Now().Add(step)); err != nil {
 			return written, err
@@ -385,7 +391,7 @@ func (c patientConn) Write(b []byte) (written int, err error) {
 		if idle += step; n > 0 {
 			idle = 0
 		}
-		if idle >= writeTimeout || written == len(b) || !errors.Is(err, os.ErrDeadlineExceeded) {
+		if idle >= c.limit || written == len(b) || !errors.Is(err, os.ErrDeadlineExceeded) {
 			return written, err
 		}
 	}

@@ -280,6 +280,7 @@ func TestTenMayStartBeforeTheirEmptyDatabase(t *testing.T) {
 	p.as(t, testSecret, "GET", "/api/other/tasks", "").is(t, 403, `{"detail":"Forbidden"}`)
 	port := p.url[strings.LastIndex(p.url, ":")+1:]
 	start(t, t.TempDir(), []string{"PORT=" + port}, "healthcheck").exits(t, 0, "")
+	start(t, t.TempDir(), []string{"PORT=" + port, "HOST=127.0.0.9"}, "healthcheck").exits(t, 1, "127.0.0.9:"+port)
 	must(0, os.Symlink(database.Host, later.Host))
 	for i, p := range ten {
 		p.await(t, `"ready"`)
@@ -330,5 +331,37 @@ func TestStrangersCannotTakeMuch(t *testing.T) {
 		if line, err := raw("GET /health HTTP/1.1\r\nHost: x\r\nX-Long: " + strings.Repeat("x", size) + "\r\n\r\n").ReadString('\n'); !strings.HasPrefix(line, want) {
 			t.Errorf("%d bytes: %s %v", size, line, err)
 		}
+	}
+}
+
+func TestAReaderThatTakesNothingIsCutOffAndASlowOneIsNot(t *testing.T) {
+	t.Parallel()
+	const limit = 300 * time.Millisecond
+	listener := patientListener{must(net.Listen("tcp", "127.0.0.1:0")), limit}
+	defer listener.Close()
+	text := make([]byte, 16<<20)
+	for _, slow := range []bool{true, false} {
+		client := must(net.Dial("tcp", listener.Addr().String()))
+		server := must(listener.Accept())
+		written := make(chan error)
+		go func() {
+			_, err := server.Write(text)
+			written <- err
+		}()
+		if !slow {
+			if err := <-written; !errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Errorf("who takes nothing gets %v", err)
+			}
+		} else {
+			for start := time.Now(); time.Since(start) < 3*limit; { // a little, well within the limit
+				_, _ = io.CopyN(io.Discard, client, 64<<10)
+				time.Sleep(limit / 6)
+			}
+			go func() { _, _ = io.Copy(io.Discard, client) }()
+			if err := <-written; err != nil {
+				t.Errorf("who takes a little gets %v", err)
+			}
+		}
+		_, _ = client.Close(), server.Close()
 	}
 }

@@ -156,7 +156,7 @@ func newServiceOn(t testing.TB, auth *authenticator) *service {
 	auth.verified = &tokenCache{}
 	s := &service{&server{auth: auth, origins: []string{"http://localhost:3000", "https://app.example.com"}, log: slog.New(logs)}, "", logs}
 	ts := httptest.NewUnstartedServer(asDescribed(t, s.handler()))
-	ts.Listener = patientListener{ts.Listener}
+	ts.Listener = patientListener{ts.Listener, writeTimeout}
 	ts.Config.DisableGeneralOptionsHandler = true
 	ts.Start()
 	s.url = ts.URL
@@ -591,6 +591,9 @@ func TestATaskIsShownWholeEverywhere(t *testing.T) {
 	task := got.task(t)
 	own := fmt.Sprintf("/api/ann/tasks/%d", task.ID)
 	want := taskJSON{task.ID, "ann", "a title", nil, false, task.CreatedAt, task.UpdatedAt}
+	if !strings.Contains(got.body, `"title":"a title"`) {
+		t.Errorf("got %s", got.body)
+	}
 	got.is(t, 201, mustJSON(t, want))
 	at, err := time.Parse("2006-01-02T15:04:05.000000Z", task.CreatedAt)
 	if task.ID < 1 || err != nil || len(task.CreatedAt) != 27 || task.UpdatedAt != task.CreatedAt || time.Since(at).Abs() > time.Minute {
