@@ -109,8 +109,9 @@ func (b *batcher) run(ctx context.Context, cancel func(), members []*member) {
 	defer b.statement()()
 	defer cancel()
 	err := b.attempt(ctx, members)
-	// What was refused, or cancelled, may have been so for the sake of one: alone, the others get their answers.
-	if err != nil && !inDoubt(err) && !harmless(err) && !errors.Is(err, errPanic) {
+	// What was refused, or cancelled, may have been so for the sake of one, or for being a batch (0A000,
+	// feature_not_supported): alone, the others get their answers.
+	if pq.As(err, "0A000") != nil || err != nil && !inDoubt(err) && !harmless(err) && !errors.Is(err, errPanic) {
 		err = errAlone
 	}
 	for _, m := range members {
