@@ -343,11 +343,12 @@ func TestAReaderThatTakesNothingIsCutOffAndASlowOneIsNot(t *testing.T) {
 	for _, slow := range []bool{true, false} {
 		client := must(net.Dial("tcp", listener.Addr().String()))
 		server := must(listener.Accept())
-		written := make(chan error)
+		written := make(chan error, 1)
 		go func() {
 			_, err := server.Write(text)
 			written <- err
 		}()
+		time.AfterFunc(20*time.Second, func() { written <- errors.New("waited in vain") })
 		if !slow {
 			if err := <-written; !errors.Is(err, os.ErrDeadlineExceeded) {
 				t.Errorf("who takes nothing gets %v", err)
@@ -363,5 +364,14 @@ func TestAReaderThatTakesNothingIsCutOffAndASlowOneIsNot(t *testing.T) {
 			}
 		}
 		_, _ = client.Close(), server.Close()
+	}
+}
+
+func TestTheLineToPasteHasAHostThatCanBeAsked(t *testing.T) {
+	t.Parallel()
+	for address, want := range map[string]string{"0.0.0.0": "http://localhost:8000/", "::": "http://localhost:8000/", "::1": "http://[::1]:8000/"} {
+		if line := pasteLine(bySecret(), &net.TCPAddr{IP: net.ParseIP(address), Port: 8000}); !strings.Contains(line, want) {
+			t.Errorf("%s: %s", address, line)
+		}
 	}
 }
