@@ -107,7 +107,8 @@ func (v *validation) listQuery(r *http.Request, user string) (q listQuery) {
 		case n < 1:
 			v.add("greater_than_equal", "Input should be greater than or equal to 1", quote(text), map[string]any{"ge": 1}, "query", "limit")
 		case n > maxLimit:
-			v.add("less_than_equal", fmt.Sprintf("Input should be less than or equal to %d", maxLimit), quote(text), map[string]any{"le": maxLimit}, "query", "limit")
+			msg := fmt.Sprintf("Input should be less than or equal to %d", maxLimit)
+			v.add("less_than_equal", msg, quote(text), map[string]any{"le": maxLimit}, "query", "limit")
 		}
 		q.limit = n
 	})

@@ -272,40 +272,6 @@ func (s *server) fail(w *response, r *http.Request, err error) {
 	_ = w.json(status, bytes.TrimSuffix(body.Bytes(), []byte("\n")))
 }
 
-// A validation collects the faults of a request, in Pydantic's shape and words.
-type validation []fault
-
-type fault struct {
-	Type  string          `json:"type"`
-	Loc   []any           `json:"loc"`
-	Msg   string          `json:"msg"`
-	Input json.RawMessage `json:"input"`
-	Ctx   map[string]any  `json:"ctx,omitempty"`
-}
-
-func (v validation) Error() string { return fmt.Sprintf("%d faults in the request", len(v)) }
-
-// add adds a fault. input is the JSON text of what was given.
-func (v *validation) add(kind, msg string, input []byte, ctx map[string]any, loc ...any) {
-	*v = append(*v, fault{kind, loc, msg, input, ctx})
-}
-
-// valueError adds a fault that Pydantic's own types have no name for.
-func (v *validation) valueError(msg string, input []byte, loc ...any) {
-	v.add("value_error", "Value error, "+msg, input, map[string]any{"error": struct{}{}}, loc...)
-}
-
-// unstorable adds the fault of a text that PostgreSQL has no room for.
-func (v *validation) unstorable(input []byte, loc ...any) {
-	v.valueError("text must not contain U+0000 or lone surrogates", input, loc...)
-}
-
-// quote returns text as JSON.
-func quote(text string) []byte {
-	b, _ := json.Marshal(text)
-	return b
-}
-
 // readBody reads the body of a POST or PATCH as JSON. Its value is empty when the body is.
 func readBody(w *response, r *http.Request) (jsonValue, error) {
 	tooLarge := &httpError{http.StatusRequestEntityTooLarge, "Request body too large"}

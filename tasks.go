@@ -7,7 +7,6 @@ import (
 	"strconv"
 	"strings"
 	"time"
-	"unicode/utf8"
 )
 
 const maxTitle = 200 // code points
@@ -116,20 +115,6 @@ func (v *validation) text(raw []byte, name string, lower, upper int) *string {
 		v.length(text, lower, upper, raw, "body", name)
 	}
 	return &text
-}
-
-// length checks that a text has lower, 0 or 1, to upper code points.
-func (v *validation) length(text string, lower, upper int, input []byte, loc ...any) {
-	if n := utf8.RuneCountInString(text); n < lower {
-		v.add("string_too_short", "String should have at least 1 character", input, map[string]any{"min_length": lower}, loc...)
-	} else if n > upper {
-		v.add("string_too_long", fmt.Sprintf("String should have at most %d characters", upper), input, map[string]any{"max_length": upper}, loc...)
-	}
-}
-
-// integer adds the fault of a text that is not one.
-func (v *validation) integer(text string, loc ...any) {
-	v.add("int_parsing", "Input should be a valid integer, unable to parse string as an integer", quote(text), nil, loc...)
 }
 
 // taskID reads the path's task_id. A number beyond int64 becomes the nearest one: no task has it.
