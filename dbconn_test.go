@@ -3,22 +3,12 @@ package main
 import (
 	"bytes"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/x509"
 	"database/sql"
 	"encoding/binary"
-	"encoding/pem"
-	"errors"
 	"fmt"
-	"log/slog"
-	"math/big"
 	"net"
 	"net/http"
-	"os"
 	"path/filepath"
-	"runtime"
 	"runtime/debug"
 	"strings"
 	"sync"
@@ -540,70 +530,3 @@ func TestAFailedTryToConnectLeavesNoConnectionOpen(t *testing.T) {
 }
 
 // TestNeonsStringWorksPastedUnchanged is for Linux: elsewhere SSL_CERT_FILE means nothing.
-func TestNeonsStringWorksPastedUnchanged(t *testing.T) {
-	t.Parallel()
-	if runtime.GOOS != "linux" {
-		t.Skip("needs Linux")
-	}
-	folder := must(temporaryFolder())
-	t.Cleanup(func() { _ = os.RemoveAll(folder.path) })
-	address := fmt.Sprintf("127.%d.%d.2", 1+os.Getpid()>>8&0x7f, os.Getpid()&0xff) // not that of another run
-	other := strings.TrimSuffix(address, "2") + "3"
-	private := must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), IPAddresses: []net.IP{net.ParseIP(address)}, NotAfter: time.Now().Add(time.Hour),
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign}
-	certificate := must(x509.CreateCertificate(rand.Reader, template, template, private.Public(), private))
-	file := func(name string, text []byte) string {
-		path := filepath.Join(folder.path, name)
-		err := os.WriteFile(path, text, 0o600)
-		if account := folder.account; account != nil {
-			err = errors.Join(err, os.Chown(path, int(account.Uid), int(account.Gid)))
-		}
-		return must(path, err)
-	}
-	authority := file("ca.pem", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: certificate}))
-	key := file("key.pem", pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: must(x509.MarshalPKCS8PrivateKey(private))}))
-	hba := file("hba.conf", []byte("local all all trust\nhostssl all all all scram-sha-256\n"))
-	db := must(startDevDB(t.Context(), folder, slog.New(slog.DiscardHandler), func(error) {}, "fsync=off", "hba_file="+hba,
-		"listen_addresses="+address+","+other, "ssl=on", "ssl_cert_file="+authority, "ssl_key_file="+key))
-	t.Cleanup(func() { _ = db.stop() })
-	ask(t, db.config, `CREATE ROLE neondb_owner LOGIN PASSWORD 'npg_Secret'`)
-	ask(t, db.config, `CREATE DATABASE neondb OWNER neondb_owner`)
-
-	right := "neondb_owner:npg_Secret@" + address + "/neondb?sslmode=require&channel_binding=require"
-	instead := func(old, new string) string { return strings.Replace(right, old, new, 1) }
-	tests := []struct{ name, authority, url, fault string }{
-		{"right", authority, right, ""},
-		{"own authority", "", right + "&sslrootcert=" + authority, ""},
-		{"unverified", "", instead("&channel_binding=require", ""), ""},
-		{"unknown authority", "", right, "certificate signed by unknown authority"},
-		{"other host", authority, instead(address, other), "certificate is valid for " + address},
-		{"wrong password", authority, instead("Secret", "Wrong"), "28P01"},
-		{"no such user", authority, instead("owner", "guest"), "28P01"},
-		{"no such database", authority, instead("/neondb", "/none"), "3D000"},
-		{"without TLS", authority, instead("require&channel_binding=require", "disable"), "28000"},
-	}
-	for _, test := range tests {
-		t.Run(test.name, func(t *testing.T) {
-			p := start(t, t.TempDir(), []string{"ENVIRONMENT=production", secretVariable, "SSL_CERT_FILE=" + test.authority, "DATABASE_URL=postgresql://" + test.url})
-			if test.fault != "" {
-				p.exits(t, 1, test.fault)
-			} else {
-				p.await(t, `"ready"`)
-			}
-			if strings.Contains(p.output.String(), "npg_") {
-				t.Errorf("the password is in the output:\n%s", &p.output)
-			}
-		})
-	}
-	cfg, _, _ := parseDatabaseURL("postgresql://"+tests[1].url, func(string) string { return "" })
-	s := newServiceWithin(t, cfg, 2, time.Second)
-	s.create(t, "ann", "mine")
-	terminate(t, cfg)
-	mine := s.create(t, "ann", "the idle connection had been closed")
-	hold(t, cfg, `SELECT FROM tasks FOR UPDATE`)
-	s.as(t, "ann", "DELETE", fmt.Sprintf("/api/ann/tasks/%d", mine.ID), "").is(t, 503, unavailable)
-	if n := others(t, cfg, waiting); n != "0" {
-		t.Errorf("%s statements still wait", n)
-	}
-}
