@@ -38,13 +38,19 @@ type batcher struct {
 
 // A member is a request for one task, with the answer to it once done is closed.
 type member struct {
-	user string
-	id   int64
-	in   taskInput
-	task task
-	err  error
-	done chan struct{}
-	end  func() // of its batch; nil while it is waiting
+	user  string
+	id    int64
+	in    taskInput
+	task  task
+	err   error
+	done  chan struct{}
+	batch *batch // nil while it is waiting
+}
+
+// A batch is a statement under way for members of whom some may still wait.
+type batch struct {
+	cancel func()
+	wait   int
 }
 
 // share answers m by a batch of b or by alone, a statement for m only.
@@ -97,9 +103,9 @@ func (b *batcher) next() {
 		return
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	members := slices.Clone(b.waiting[:n])
+	members, shared := slices.Clone(b.waiting[:n]), &batch{cancel, n}
 	for _, m := range members {
-		m.end, m.err = cancel, errAlone
+		m.batch, m.err = shared, errAlone
 	}
 	b.waiting = slices.Delete(b.waiting, 0, n)
 	go b.run(ctx, cancel, members)
@@ -133,14 +139,17 @@ func (b *batcher) attempt(ctx context.Context, members []*member) (err error) {
 }
 
 // leave is for one who waits no longer. What goes on without him may undo what he does next, so his batch
-// has only patience left; the others then go alone.
+// has only cancelGrace left, like a statement of his own; the others then go alone. It is not cancelled at
+// once, since that may leave a statement in doubt that was just about to end well for the others.
 func (b *batcher) leave(m *member) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if m.end == nil {
+	if m.batch == nil {
 		b.waiting = slices.DeleteFunc(b.waiting, func(other *member) bool { return other == m })
+	} else if m.batch.wait--; m.batch.wait == 0 {
+		m.batch.cancel()
 	} else {
-		time.AfterFunc(patience, m.end)
+		time.AfterFunc(cancelGrace, m.batch.cancel)
 	}
 }
 

@@ -282,35 +282,53 @@ func TestABatchWithoutAnAnswerIsInDoubtForAll(t *testing.T) {
 	}
 }
 
-func TestABatchEndsWhenOneWhoWaitsForItHasGone(t *testing.T) {
+func TestWhoHangsUpDoesNotDisturbTheOthersOfHisBatch(t *testing.T) {
 	t.Parallel()
 	database := newDatabase(t)
 	s := newServiceWith(t, database, 8)
-	release := hold(t, database, `LOCK TABLE tasks`)
-	hangUp := make([]func(), 3)
-	b, done := &s.tasks().creations, make(chan struct{})
-	go func() {
-		defer close(done)
-		b.share(t, len(hangUp), func(i int) {
-			ctx, cancel := context.WithCancel(t.Context())
-			hangUp[i] = cancel
-			r, _ := http.NewRequestWithContext(ctx, "POST", s.url+"/api/ann/tasks", strings.NewReader(`{"title":"x"}`))
-			r.Header.Set("Authorization", "Bearer "+tokenFor(t, "ann"))
-			if _, err := http.DefaultTransport.RoundTrip(r); !errors.Is(err, context.Canceled) {
-				t.Error(err)
-			}
-		})
-	}()
-	eventually(t, "the batch waits for the table", func() bool { return others(t, database, waiting) == "1" })
-	hangUp[0]()
-	eventually(t, "the others go alone", func() bool { return others(t, database, waiting) == "2" })
-	hangUp[1]()
-	hangUp[2]()
-	<-done
-	eventually(t, "all are cancelled", func() bool { return others(t, database, waiting) == "0" })
-	release()
-	s.as(t, "ann", "GET", "/api/ann/tasks", "").is(t, 200, "[]")
-	s.logs.at(slog.LevelWarn)
+	for _, test := range []struct {
+		leave, waiting string // who hangs up, and how many statements wait in the end
+		before         time.Duration
+	}{
+		{"one", "1", 100 * time.Millisecond}, // the batch may take a moment longer
+		{"one", "2", 0},                      // but not for ever: the others go alone
+		{"all", "0", 0},
+	} {
+		release := hold(t, database, `LOCK TABLE tasks`)
+		var hangUp [3]func()
+		b, done := &s.tasks().creations, make(chan struct{})
+		go func() {
+			defer close(done)
+			b.share(t, len(hangUp), func(i int) {
+				ctx, cancel := context.WithCancel(t.Context())
+				hangUp[i] = cancel
+				r, _ := http.NewRequestWithContext(ctx, "POST", s.url+"/api/ann/tasks", strings.NewReader(`{"title":"x"}`))
+				r.Header.Set("Authorization", "Bearer "+tokenFor(t, "ann"))
+				response, err := http.DefaultTransport.RoundTrip(r)
+				if gone := i == 0 || test.leave == "all"; gone != errors.Is(err, context.Canceled) || !gone && response.StatusCode != 201 {
+					t.Errorf("%d: %v, %v", i, response, err)
+				}
+				if err == nil {
+					_ = response.Body.Close()
+				}
+			})
+		}()
+		eventually(t, "the batch waits for the table", func() bool { return others(t, database, waiting) == "1" })
+		hangUp[0]()
+		eventually(t, "it is noticed", func() bool { return len(s.logs.at(slog.LevelWarn)) == 1 })
+		if test.leave == "all" {
+			hangUp[1]()
+			hangUp[2]()
+		}
+		time.Sleep(test.before)
+		eventually(t, test.waiting+" wait", func() bool { return others(t, database, waiting) == test.waiting })
+		release()
+		<-done
+		s.logs.at(slog.LevelWarn)
+	}
+	if n := len(s.as(t, "ann", "GET", "/api/ann/tasks", "").tasks(t)); n != 5 { // of one batch that ended well, and two alone
+		t.Errorf("there are %d tasks", n)
+	}
 }
 
 func TestABatcherAnswersAllThatItTakes(t *testing.T) {

@@ -61,7 +61,7 @@ func (s *store) close() error { return errors.Join(s.db.Close(), s.probe.Close()
 // several servers: by Citus, or in foreign partitions.
 func (s *store) schemaApplied(ctx context.Context) (applied bool, err error) {
 	const query = `SELECT to_regclass('tasks_user_id_idempotency_key_idx') IS NOT NULL, to_regclass('pg_dist_partition') IS NOT NULL OR
-		EXISTS (SELECT FROM pg_inherits JOIN pg_class ON oid = inhrelid WHERE inhparent = to_regclass('tasks') AND relkind = 'f')`
+		EXISTS (SELECT 1 FROM pg_inherits JOIN pg_class ON oid = inhrelid WHERE inhparent = to_regclass('tasks') AND relkind = 'f')`
 	for range 2 { // again, since the connection may have ended while it was idle
 		if err = perform(ctx, s.probe, query, nil, func(row []driver.Value) error {
 			applied = row[0] == true
