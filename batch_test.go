@@ -282,17 +282,15 @@ func TestABatchWithoutAnAnswerIsInDoubtForAll(t *testing.T) {
 	}
 }
 
-func TestWhoHangsUpDoesNotDisturbTheOthersOfHisBatch(t *testing.T) {
+func TestABatchDoesNotOutliveThoseWhoWaitForIt(t *testing.T) {
 	t.Parallel()
 	database := newDatabase(t)
 	s := newServiceWith(t, database, 8)
 	for _, test := range []struct {
 		leave, waiting string // who hangs up, and how many statements wait in the end
-		before         time.Duration
 	}{
-		{"one", "1", 100 * time.Millisecond}, // the batch may take a moment longer
-		{"one", "2", 0},                      // but not for ever: the others go alone
-		{"all", "0", 0},
+		{"one", "2"}, // the others go alone
+		{"all", "0"},
 	} {
 		release := hold(t, database, `LOCK TABLE tasks`)
 		var hangUp [3]func()
@@ -320,14 +318,35 @@ func TestWhoHangsUpDoesNotDisturbTheOthersOfHisBatch(t *testing.T) {
 			hangUp[1]()
 			hangUp[2]()
 		}
-		time.Sleep(test.before)
 		eventually(t, test.waiting+" wait", func() bool { return others(t, database, waiting) == test.waiting })
 		release()
 		<-done
 		s.logs.at(slog.LevelWarn)
 	}
-	if n := len(s.as(t, "ann", "GET", "/api/ann/tasks", "").tasks(t)); n != 5 { // of one batch that ended well, and two alone
+	if n := len(s.as(t, "ann", "GET", "/api/ann/tasks", "").tasks(t)); n != 2 {
 		t.Errorf("there are %d tasks", n)
+	}
+}
+
+func TestABatchHasTimeToEndWhenOneHangsUp(t *testing.T) {
+	t.Parallel()
+	ctx, hangUp := context.WithCancel(t.Context())
+	var left, ended time.Time
+	b := &batcher{together: func(batch context.Context, _ []*member) error {
+		left = time.Now()
+		hangUp()
+		<-batch.Done()
+		ended = time.Now()
+		return batch.Err()
+	}}
+	alone := func(context.Context) (task, error) { return task{id: 7}, nil }
+	b.share(t, 2, func(i int) {
+		if got, err := b.do([]context.Context{ctx, t.Context()}[i], &member{}, alone); (err == nil) != (i == 1) || err == nil && got.id != 7 {
+			t.Errorf("%d: %v, %v", i, got, err)
+		}
+	})
+	if took := ended.Sub(left); took < cancelGrace {
+		t.Errorf("cancelled after %s", took)
 	}
 }
 
