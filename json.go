@@ -2,8 +2,10 @@ package main
 
 import (
 	"bytes"
+	"encoding/json"
+	"regexp"
 	"strconv"
-	"unicode/utf16"
+	"strings"
 	"unicode/utf8"
 )
 
@@ -54,33 +56,15 @@ func parseJSON(text []byte) (jsonValue, error) {
 	if bytes.HasPrefix(text, []byte("\ufeff")) {
 		return jsonValue{}, &jsonError{"Unexpected UTF-8 BOM (decode using utf-8-sig)", 0}
 	}
-	if !utf8.Valid(text) {
-		return jsonValue{}, &jsonError{"Invalid UTF-8", invalidUTF8(text)}
-	}
 	s := jsonScanner{text: text}
 	s.space()
 	start := s.pos
-	if err := s.value(0); err != nil {
-		return jsonValue{}, err
-	}
+	err := s.value(0)
 	v := jsonValue{text[start:s.pos], s.members}
-	s.space()
-	if s.pos < len(text) {
-		return jsonValue{}, &jsonError{"Extra data", s.pos}
+	if s.space(); err == nil && s.pos < len(text) {
+		err = s.fault("Extra data")
 	}
-	return v, nil
-}
-
-// invalidUTF8 returns the offset of the first byte of text that is not part of a valid sequence.
-func invalidUTF8(text []byte) int {
-	for i := 0; i < len(text); {
-		r, n := utf8.DecodeRune(text[i:])
-		if r == utf8.RuneError && n == 1 {
-			return i
-		}
-		i += n
-	}
-	return len(text)
+	return v, err
 }
 
 // A jsonScanner goes once over a text; its methods move pos behind what they have recognised.
@@ -90,216 +74,154 @@ type jsonScanner struct {
 	members []jsonMember
 }
 
-// peek returns the byte at pos, or 0 at the end (a NUL is never valid where peek is asked).
-func (s *jsonScanner) peek() byte {
-	if s.pos < len(s.text) {
-		return s.text[s.pos]
+// fault is about what stands at pos.
+func (s *jsonScanner) fault(msg string) error {
+	if r, size := utf8.DecodeRune(s.text[s.pos:]); r == utf8.RuneError && size == 1 {
+		msg = "Invalid UTF-8"
 	}
-	return 0
+	return &jsonError{msg, s.pos}
+}
+
+// skip moves behind c if that is what stands at pos.
+func (s *jsonScanner) skip(c byte) bool {
+	if s.pos == len(s.text) || s.text[s.pos] != c {
+		return false
+	}
+	s.pos++
+	return true
 }
 
 func (s *jsonScanner) space() {
-	for c := s.peek(); c == ' ' || c == '\t' || c == '\n' || c == '\r'; c = s.peek() {
-		s.pos++
+	for s.skip(' ') || s.skip('\t') || s.skip('\n') || s.skip('\r') {
 	}
 }
+
+// literal matches the values that hold no others and no text. What follows one, like the 1 in 01, is for
+// the caller to refuse.
+var literal = regexp.MustCompile(`^(?:true|false|null|-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)`)
 
 // value scans one value inside depth arrays and objects.
 func (s *jsonScanner) value(depth int) error {
-	switch c := s.peek(); {
-	case c == '"':
-		return s.string()
-	case c == '{' || c == '[':
-		if depth == maxDepth {
-			return &jsonError{"Too many nested levels", s.pos}
-		}
-		return s.container(depth+1, c == '{')
-	case c == '-' || '0' <= c && c <= '9':
-		return s.number()
+	switch start := s.pos; {
+	case s.skip('"'):
+		return s.string(start)
+	case depth == maxDepth && (s.skip('{') || s.skip('[')):
+		return &jsonError{"Too many nested levels", start}
+	case s.skip('{'):
+		return s.contents(depth+1, '}')
+	case s.skip('['):
+		return s.contents(depth+1, ']')
 	}
-	for _, word := range []string{"true", "false", "null"} {
-		if bytes.HasPrefix(s.text[s.pos:], []byte(word)) {
-			s.pos += len(word)
-			return nil
-		}
+	n := len(literal.Find(s.text[s.pos:]))
+	if n == 0 {
+		return s.fault("Expecting value")
 	}
-	return &jsonError{"Expecting value", s.pos}
+	s.pos += n
+	return nil
 }
 
-// container scans an object or an array whose contents are nested in depth levels.
-func (s *jsonScanner) container(depth int, object bool) error {
-	end := byte(']')
-	if object {
-		end = '}'
-	}
-	s.pos++
-	if s.space(); s.peek() == end {
-		s.pos++
+// contents scans an object or an array, as end says, from behind its first byte on. What is in it is
+// nested in depth levels.
+func (s *jsonScanner) contents(depth int, end byte) error {
+	if s.space(); s.skip(end) {
 		return nil
 	}
 	for {
 		var name []byte
-		if object {
-			start := s.pos
-			if s.peek() != '"' {
-				return &jsonError{"Expecting property name enclosed in double quotes", s.pos}
+		if start := s.pos; end == '}' {
+			if !s.skip('"') {
+				return s.fault("Expecting property name enclosed in double quotes")
 			}
-			if err := s.string(); err != nil {
+			if err := s.string(start); err != nil {
 				return err
 			}
 			name = s.text[start:s.pos]
-			if s.space(); s.peek() != ':' {
-				return &jsonError{"Expecting ':' delimiter", s.pos}
+			if s.space(); !s.skip(':') {
+				return s.fault("Expecting ':' delimiter")
 			}
-			s.pos++
 			s.space()
 		}
 		start := s.pos
 		if err := s.value(depth); err != nil {
 			return err
 		}
-		if object && depth == 1 {
+		if name != nil && depth == 1 {
 			text, _ := jsonText(name)
 			s.members = append(s.members, jsonMember{text, s.text[start:s.pos]})
 		}
-		switch s.space(); s.peek() {
-		case end:
-			s.pos++
+		if s.space(); s.skip(end) {
 			return nil
-		case ',':
-			s.pos++
-			s.space()
-		default:
-			return &jsonError{"Expecting ',' delimiter", s.pos}
 		}
+		if !s.skip(',') {
+			return s.fault("Expecting ',' delimiter")
+		}
+		s.space()
 	}
 }
 
-func (s *jsonScanner) string() error {
-	start := s.pos
-	for s.pos++; ; s.pos++ {
-		switch {
-		case s.pos >= len(s.text):
-			return &jsonError{"Unterminated string starting at", start}
-		case s.text[s.pos] == '"':
+// string scans a string that has begun at start, from behind its quote on.
+func (s *jsonScanner) string(start int) error {
+	for s.pos < len(s.text) {
+		switch c := s.text[s.pos]; {
+		case c == '"':
 			s.pos++
 			return nil
-		case s.text[s.pos] < ' ':
-			return &jsonError{"Invalid control character at", s.pos}
-		case s.text[s.pos] != '\\':
-			continue
-		}
-		switch s.pos++; s.peek() {
-		case '"', '\\', '/', 'b', 'f', 'n', 'r', 't':
-		case 'u':
-			if _, ok := hex4(s.text[s.pos+1:]); !ok {
-				return &jsonError{`Invalid \uXXXX escape`, s.pos}
+		case c < ' ':
+			return s.fault("Invalid control character at")
+		case c == '\\':
+			if err := s.escape(s.text[s.pos+1:]); err != nil {
+				return err
 			}
-			s.pos += 4
+		case c < utf8.RuneSelf:
+			s.pos++
 		default:
-			if s.pos >= len(s.text) {
-				return &jsonError{"Unterminated string starting at", start}
+			r, n := utf8.DecodeRune(s.text[s.pos:])
+			if r == utf8.RuneError && n == 1 {
+				return s.fault("Invalid UTF-8")
 			}
-			return &jsonError{`Invalid \escape`, s.pos - 1}
+			s.pos += n
 		}
 	}
+	return &jsonError{"Unterminated string starting at", start}
 }
 
-// number scans a number; what does not belong to one is left for the caller to refuse.
-func (s *jsonScanner) number() error {
-	start := s.pos
-	if s.peek() == '-' {
-		s.pos++
-	}
-	if s.peek() == '0' {
-		s.pos++
-	} else if !s.digits() {
-		return &jsonError{"Expecting value", start}
-	}
-	for _, part := range []string{".", "eE"} {
-		whole := s.pos
-		if c := s.peek(); c == 0 || !bytes.ContainsRune([]byte(part), rune(c)) {
-			continue
+// escape skips the backslash at pos and what belongs to it in rest, the text behind it (RFC 8259 section 7).
+func (s *jsonScanner) escape(rest []byte) error {
+	n := 1
+	if bytes.HasPrefix(rest, []byte("u")) {
+		n = min(5, len(rest))
+		if _, err := strconv.ParseUint(string(rest[1:n]), 16, 16); err != nil || n < 5 {
+			return &jsonError{`Invalid \uXXXX escape`, s.pos + 1}
 		}
-		s.pos++
-		if c := s.peek(); part == "eE" && (c == '+' || c == '-') {
-			s.pos++
-		}
-		if !s.digits() {
-			s.pos = whole
-			break
-		}
+	} else if len(rest) > 0 && strings.IndexByte(`"\/bfnrt`, rest[0]) < 0 {
+		return s.fault(`Invalid \escape`)
 	}
+	s.pos = min(s.pos+1+n, len(s.text))
 	return nil
 }
 
-func (s *jsonScanner) digits() bool {
-	start := s.pos
-	for c := s.peek(); '0' <= c && c <= '9'; c = s.peek() {
-		s.pos++
-	}
-	return s.pos > start
-}
-
-// hex4 reads the four digits of a \u escape.
-func hex4(text []byte) (rune, bool) {
-	if len(text) < 4 {
-		return 0, false
-	}
-	n := rune(0)
-	for _, c := range text[:4] {
-		switch {
-		case '0' <= c && c <= '9':
-			n = n<<4 | rune(c-'0')
-		case 'a' <= c|0x20 && c|0x20 <= 'f':
-			n = n<<4 | rune(c|0x20-'a'+10)
-		default:
-			return 0, false
-		}
-	}
-	return n, true
-}
+// loneSurrogate matches escapes; its group matches one of a surrogate without the other.
+var loneSurrogate = regexp.MustCompile(`\\u[dD][89abAB]..\\u[dD][c-fC-F]|(\\u[dD][89a-fA-F])|\\.`)
 
 // jsonText decodes a JSON string that parseJSON has accepted. storable is false when the string has
 // a U+0000 or a lone surrogate, neither of which PostgreSQL's text can hold.
 func jsonText(raw []byte) (text string, storable bool) {
-	raw = raw[1 : len(raw)-1]
 	if bytes.IndexByte(raw, '\\') < 0 {
-		return string(raw), true
+		return string(raw[1 : len(raw)-1]), true
 	}
-	storable = true
-	out := make([]byte, 0, len(raw))
-	for i := 0; i < len(raw); i++ {
-		if raw[i] != '\\' {
-			out = append(out, raw[i])
-			continue
-		}
-		i++
-		if raw[i] != 'u' {
-			out = append(out, escapes[raw[i]])
-			continue
-		}
-		r, _ := hex4(raw[i+1:])
-		i += 4
-		if utf16.IsSurrogate(r) {
-			var low rune
-			if rest := raw[i+1:]; bytes.HasPrefix(rest, []byte(`\u`)) {
-				low, _ = hex4(rest[2:])
-			}
-			if r = utf16.DecodeRune(r, low); r == utf8.RuneError {
-				storable = false
-			} else {
-				i += 6
-			}
-		}
-		storable = storable && r != 0
-		out = utf8.AppendRune(out, r)
+	if err := json.Unmarshal(raw, &text); err != nil || strings.ContainsRune(text, 0) {
+		return text, false
 	}
-	return string(out), storable
+	if !strings.ContainsRune(text, utf8.RuneError) { // which json.Unmarshal puts for a lone surrogate
+		return text, true
+	}
+	for _, m := range loneSurrogate.FindAllSubmatchIndex(raw, -1) {
+		if m[2] >= 0 {
+			return text, false
+		}
+	}
+	return text, true
 }
-
-// escapes maps the letter of a two-character escape to what it stands for (RFC 8259 section 7).
-var escapes = [256]byte{'"': '"', '\\': '\\', '/': '/', 'b': '\b', 'f': '\f', 'n': '\n', 'r': '\r', 't': '\t'}
 
 // appendJSONString appends s, which is valid UTF-8, as a JSON string.
 func appendJSONString(b []byte, s string) []byte {
