@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -177,8 +178,8 @@ func (s *server) task(w *response, r *http.Request, user string) error {
 	if err != nil {
 		return err
 	}
-	if ifNoneMatch := r.Header["If-None-Match"]; ifNoneMatch != nil && parsePrecondition(ifNoneMatch).weakly(t.etag()) {
-		w.Header()["Etag"] = []string{t.etag()}
+	if etag := t.etag(); parsePrecondition(r.Header["If-None-Match"]).weakly(etag) {
+		w.Header()["Etag"] = []string{etag}
 		w.WriteHeader(http.StatusNotModified)
 		return nil
 	}
@@ -216,61 +217,35 @@ func (s *server) deleteTask(w *response, r *http.Request, user string) error {
 	return nil
 }
 
-// A precondition is the value of If-Match or If-None-Match (RFC 9110 section 13.1).
-type precondition struct {
-	present bool
-	any     bool // *
-	tags    []entityTag
-}
+// A precondition has what If-Match or If-None-Match lists (RFC 9110 section 13.1), nil without the header.
+// It is cut at each comma, of which a task's entity tag has none: what is malformed matches nothing.
+type precondition []string
 
-type entityTag struct {
-	weak bool
-	text string // with its quotes
-}
-
-// parsePrecondition reads the lines of such a header as one list. From where it is malformed on, it
-// has no more entity tags.
-func parsePrecondition(lines []string) precondition {
-	list := strings.Trim(strings.Join(lines, ","), " \t")
-	p := precondition{present: lines != nil, any: list == "*"}
-	for {
-		list = strings.TrimLeft(list, ", \t")
-		text, weak := strings.CutPrefix(list, "W/")
-		if !strings.HasPrefix(text, `"`) {
-			return p
-		}
-		end := strings.IndexByte(text[1:], '"') + 2
-		if end == 1 || strings.ContainsFunc(text[:end], func(c rune) bool { return c <= ' ' || c == 0x7f }) {
-			return p
-		}
-		p.tags = append(p.tags, entityTag{weak, text[:end]})
-		list = strings.TrimLeft(text[end:], " \t")
-		if !strings.HasPrefix(list, ",") {
-			return p
+func parsePrecondition(lines []string) (p precondition) {
+	for _, line := range lines {
+		for tag := range strings.SplitSeq(line, ",") {
+			p = append(p, strings.Trim(tag, " \t"))
 		}
 	}
+	return p
 }
+
+func (p precondition) matchesAny() bool { return len(p) == 1 && p[0] == "*" }
 
 // weakly compares as If-None-Match does, where W/ makes no difference.
 func (p precondition) weakly(etag string) bool {
-	for _, tag := range p.tags {
-		if tag.text == etag {
-			return true
-		}
-	}
-	return p.any
+	return p.matchesAny() || slices.ContainsFunc(p, func(tag string) bool { return strings.TrimPrefix(tag, "W/") == etag })
 }
 
 // times returns the values of updated_at that If-Match allows, as a PostgreSQL array, or nil when it
 // allows all. A weak tag never matches strongly, nor does one that is not a task's.
 func (p precondition) times() *string {
-	if !p.present || p.any {
+	if p == nil || p.matchesAny() {
 		return nil
 	}
 	var times []string
-	for _, tag := range p.tags {
-		text := strings.Trim(tag.text, `"`)
-		if isRFC3339(text) && !tag.weak {
+	for _, tag := range p {
+		if text := strings.Trim(tag, `"`); isRFC3339(text) && tag == `"`+text+`"` {
 			times = append(times, text)
 		}
 	}
