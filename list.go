@@ -43,28 +43,17 @@ type keyset struct {
 	id    int64
 }
 
-// parameters splits the query of a URL. A name or value whose percent-encoding or UTF-8 is broken is
-// kept as it came, and marked. Of several parameters of one name the last counts.
-func parameters(rawQuery string) map[string]parameter {
-	values := map[string]parameter{}
+// parameters splits the query of a URL into values, undecoded since they may be broken, by their names. Of
+// several of one name the last counts.
+func parameters(rawQuery string) map[string]string {
+	values := map[string]string{}
 	for pair := range strings.SplitSeq(rawQuery, "&") {
 		name, value, _ := strings.Cut(pair, "=")
-		if text, err := url.QueryUnescape(name); err == nil {
-			name = text
-		}
-		text, err := url.QueryUnescape(value)
-		if broken := err != nil || !utf8.ValidString(text); broken {
-			values[name] = parameter{value, true}
-		} else {
-			values[name] = parameter{text, false}
+		if name, err := url.QueryUnescape(name); err == nil && name != "" {
+			values[name] = value
 		}
 	}
 	return values
-}
-
-type parameter struct {
-	text   string
-	broken bool
 }
 
 // listQuery reads the parameters of a list for user, each with its fault if it has one.
@@ -72,10 +61,12 @@ func (v *validation) listQuery(r *http.Request, user string) (q listQuery) {
 	values := parameters(r.URL.RawQuery)
 	// each hands a parameter that is there, and sound, to read.
 	each := func(name string, read func(text string)) {
-		if p, ok := values[name]; ok && p.broken {
-			v.valueError("the value is not percent-encoded UTF-8", quote(p.text), "query", name)
+		value, ok := values[name]
+		text, err := url.QueryUnescape(value)
+		if ok && (err != nil || !utf8.ValidString(text)) {
+			v.valueError("the value is not percent-encoded UTF-8", quote(value), "query", name)
 		} else if ok {
-			read(p.text)
+			read(text)
 		}
 	}
 	q.sortBy = "id"
@@ -208,28 +199,14 @@ func (s *server) listTasks(w *response, r *http.Request, user string) error {
 
 // nextPage returns the URL, as a path, of the same list from cursor on.
 func nextPage(user, rawQuery, cursor string) string {
-	query := []string{}
-	for pair := range strings.SplitSeq(rawQuery, "&") {
-		name, value, ok := strings.Cut(pair, "=")
-		if name, err := url.QueryUnescape(name); err == nil && name == "cursor" || pair == "" {
-			continue
+	query := url.Values{}
+	for name, value := range parameters(rawQuery) {
+		if text, err := url.QueryUnescape(value); err == nil {
+			query.Set(name, text)
 		}
-		pair = reescape(name)
-		if ok {
-			pair += "=" + reescape(value)
-		}
-		query = append(query, pair)
 	}
-	return "/api/" + url.PathEscape(user) + "/tasks?" + strings.Join(append(query, "cursor="+cursor), "&")
-}
-
-// reescape returns a part of a query with all escaped that a URI wants escaped (RFC 3986).
-func reescape(part string) string {
-	text, err := url.QueryUnescape(part)
-	if err != nil {
-		text = part
-	}
-	return url.QueryEscape(text)
+	query.Del("cursor")
+	return "/api/" + url.PathEscape(user) + "/tasks?" + query.Encode() + "&cursor=" + cursor
 }
 
 // streamTasks sends a list of any length from its first chunk on, and returns the buffer. The connection

@@ -143,7 +143,7 @@ func TestALinkKeepsTheListAndLeadsToItsRest(t *testing.T) {
 			asked, _ := url.ParseQuery(strings.ReplaceAll(query, ";", "%3B"))
 			kept, err := url.ParseQuery(strings.SplitN(link+"?", "?", 3)[1])
 			for name, values := range asked {
-				if link != "" && (err != nil || !slices.Equal(kept[name], values)) {
+				if link != "" && name != "" && (err != nil || kept.Get(name) != values[len(values)-1]) {
 					t.Errorf("%s: %s does not keep %q: %v", query, link, name, err)
 				}
 			}
@@ -398,8 +398,8 @@ func FuzzParameters(f *testing.F) {
 	f.Fuzz(func(t *testing.T, query string) {
 		want, err := url.ParseQuery(strings.ReplaceAll(query, ";", "%3B"))
 		for name, values := range want {
-			if p, last := parameters(query)[name], values[len(values)-1]; err == nil && name != "" && (p.broken == utf8.ValidString(last) || !p.broken && p.text != last) {
-				t.Errorf("%q: %q is %v, not %q", query, name, p, last)
+			if got, broken := url.QueryUnescape(parameters(query)[name]); err == nil && name != "" && (broken != nil || got != values[len(values)-1]) {
+				t.Errorf("%q: %q is %q, not %q", query, name, got, values)
 			}
 		}
 		var v validation
