@@ -35,7 +35,7 @@ type authenticator struct {
 	jwks     *jwks  // nil: everything else is refused
 	issuer   string // "" for any
 	audience string // "" for any
-	verified *tokenCache
+	verified tokenCache
 }
 
 // own guards a route: next runs only for the user whom both the token and the path name.
@@ -214,10 +214,10 @@ func (a *authenticator) developmentToken(user string, ttl time.Duration) (string
 }
 
 // A tokenCache remembers tokens whose signature and claims were found good, with what is left to check
-// each time: the expiry, and that the keys are still the same. A nil one remembers nothing.
+// each time: the expiry, and that the keys are still the same.
 type tokenCache struct {
-	mu         sync.Mutex
-	young, old map[string]verified // old is what young was when it had maxVerified tokens
+	mu     sync.Mutex
+	tokens map[string]verified
 }
 
 type verified struct {
@@ -227,30 +227,24 @@ type verified struct {
 }
 
 const (
-	maxVerified      = 2048 // tokens in one map
+	maxVerified      = 4096 // tokens; when that many are remembered, all are forgotten
 	maxVerifiedBytes = 2048 // in one token; one that is longer is checked each time
 )
 
 func (c *tokenCache) load(token string) (v verified, ok bool) {
-	if c == nil {
-		return v, false
-	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if v, ok = c.young[token]; !ok {
-		v, ok = c.old[token]
-	}
+	v, ok = c.tokens[token]
 	return v, ok
 }
 
 func (c *tokenCache) store(token string, v verified) {
-	if c == nil || len(token) > maxVerifiedBytes {
-		return
-	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if len(c.young) == maxVerified || c.young == nil {
-		c.young, c.old = map[string]verified{}, c.young
+	if len(c.tokens) == maxVerified || c.tokens == nil {
+		c.tokens = map[string]verified{}
 	}
-	c.young[strings.Clone(token)] = v
+	if len(token) <= maxVerifiedBytes {
+		c.tokens[strings.Clone(token)] = v
+	}
 }

@@ -78,26 +78,9 @@ func unprivileged(folder string) (*syscall.Credential, error) {
 	return nil, errors.New("PostgreSQL does not run as root, and there is neither a user postgres nor nobody: start as an ordinary user")
 }
 
-// reachable reports whether the account may search dir and all above it.
+// reachable reports whether the account can work in dir, by having it do so.
 func reachable(dir string, account *syscall.Credential) bool {
-	for ; ; dir = filepath.Dir(dir) {
-		info, err := os.Stat(dir)
-		if err != nil {
-			return false
-		}
-		owner, search := info.Sys().(*syscall.Stat_t), fs.FileMode(0o001)
-		if owner.Uid == account.Uid {
-			search = 0o100
-		} else if owner.Gid == account.Gid {
-			search = 0o010
-		}
-		if info.Mode()&search == 0 {
-			return false
-		}
-		if dir == filepath.Dir(dir) {
-			return true
-		}
-	}
+	return devFolder{dir, account}.command("true").Run() == nil
 }
 
 // developmentSecret returns the secret that is kept in the folder, made at the first call. It gets its
@@ -108,25 +91,23 @@ func developmentSecret() ([]byte, error) {
 		return nil, err
 	}
 	path := filepath.Join(f.path, "secret")
-	for {
-		secret, err := os.ReadFile(path)
-		if err == nil && len(secret) < minSecret {
-			err = fmt.Errorf("%s is too short: remove it", path)
-		}
-		if !errors.Is(err, fs.ErrNotExist) {
-			return secret, err
-		}
+	if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
 		fresh, err := os.CreateTemp(f.path, "secret.*")
 		if err != nil {
 			return nil, err
 		}
+		defer os.Remove(fresh.Name())
 		_, err = fresh.WriteString(rand.Text() + rand.Text())
-		err = errors.Join(err, fresh.Close())
-		if err == nil {
+		if err = errors.Join(err, fresh.Close()); err == nil {
 			err = os.Link(fresh.Name(), path)
 		}
-		if removed := os.Remove(fresh.Name()); err != nil && !errors.Is(err, fs.ErrExist) {
-			return nil, errors.Join(err, removed)
+		if err != nil && !errors.Is(err, fs.ErrExist) {
+			return nil, err
 		}
 	}
+	secret, err := os.ReadFile(path)
+	if err == nil && len(secret) < minSecret {
+		err = fmt.Errorf("%s is too short: remove it", path)
+	}
+	return secret, err
 }

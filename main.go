@@ -109,23 +109,18 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	return serve(ctx, cfg, stdout, stderr)
 }
 
-// version is that of the module, or the commit it was built from.
+// version is the module's: the tag or commit that it was built from, (devel) without one.
 func version() string {
 	info, ok := debug.ReadBuildInfo()
 	if !ok {
 		return "unknown"
-	}
-	for _, setting := range info.Settings {
-		if setting.Key == "vcs.revision" && info.Main.Version == "(devel)" {
-			return setting.Value[:min(12, len(setting.Value))]
-		}
 	}
 	return info.Main.Version
 }
 
 // authenticator makes what judges tokens from the configuration.
 func (c config) authenticator() (*authenticator, error) {
-	a := &authenticator{issuer: c.issuer, audience: c.audience, verified: &tokenCache{}}
+	a := &authenticator{issuer: c.issuer, audience: c.audience}
 	if c.secret != "" {
 		a.secret = []byte(c.secret)
 	}

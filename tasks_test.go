@@ -153,7 +153,6 @@ func newServiceWith(t testing.TB, cfg pq.Config, size int) *service {
 func newServiceOn(t testing.TB, auth *authenticator) *service {
 	t.Helper()
 	logs := &logRecorder{}
-	auth.verified = &tokenCache{}
 	s := &service{&server{auth: auth, origins: []string{"http://localhost:3000", "https://app.example.com"}, log: slog.New(logs)}, "", logs}
 	ts := httptest.NewUnstartedServer(asDescribed(t, s.handler()))
 	ts.Listener = patientListener{ts.Listener, writeTimeout}
