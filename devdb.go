@@ -51,23 +51,17 @@ var programPlaces = []string{
 // findPrograms returns the folder with the newest server programs, or those of the given major
 // version where that is not "".
 func findPrograms(major string) (string, error) {
-	places := filepath.SplitList(os.Getenv("PATH"))
-	for _, pattern := range programPlaces {
-		found, _ := filepath.Glob(pattern)
+	for _, place := range append(filepath.SplitList(os.Getenv("PATH")), programPlaces...) {
+		found, _ := filepath.Glob(filepath.Join(place, "initdb"))
 		slices.SortFunc(found, func(a, b string) int { return cmp.Or(len(b)-len(a), strings.Compare(b, a)) }) // 18 before 9
-		places = append(places, found...)
-	}
-	for _, place := range places {
-		out, err := exec.Command(filepath.Join(place, "postgres"), "--version").Output() // postgres (PostgreSQL) 18.1 …
-		if err != nil {
-			continue
-		}
-		real, err := filepath.EvalSymlinks(filepath.Join(place, "postgres"))
-		if _, missing := os.Stat(filepath.Join(filepath.Dir(real), "initdb")); err != nil || missing != nil {
-			continue
-		}
-		if words := strings.Fields(string(out)); major == "" || len(words) > 2 && strings.HasPrefix(words[2]+".", major+".") {
-			return filepath.Dir(real), nil
+		for _, initdb := range found {
+			initdb, _ = filepath.EvalSymlinks(initdb)
+			programs := filepath.Dir(initdb)
+			out, _ := exec.Command(filepath.Join(programs, "postgres"), "--version").Output()
+			words := strings.Fields(string(out)) // postgres (PostgreSQL) 18.1 …
+			if len(words) > 2 && (major == "" || strings.HasPrefix(words[2]+".", major+".")) {
+				return programs, nil
+			}
 		}
 	}
 	if major != "" {
@@ -109,7 +103,7 @@ func startDevDB(ctx context.Context, f devFolder, log *slog.Logger, onExit func(
 	}()
 	if version == nil {
 		log.Info("making a private PostgreSQL", "folder", f.path, "programs", programs)
-		if err := f.initialise(ctx, programs, data); err != nil {
+		if err := f.initialise(programs, data); err != nil {
 			return nil, err
 		}
 	} else if err := endStale(ctx, data); err != nil {
@@ -193,21 +187,14 @@ func (db *devDB) await(ctx context.Context) error {
 }
 
 // initialise makes the data directory: under another name first, so that what has its name is whole.
-func (f devFolder) initialise(ctx context.Context, programs, data string) error {
-	fresh := data + ".new"
-	var out []byte
-	var err error
+func (f devFolder) initialise(programs, data string) (err error) {
+	fresh, out := data+".new", []byte(nil)
 	for _, locale := range []string{"C.UTF-8", "C"} { // the first is not known everywhere
-		if err := os.RemoveAll(fresh); err != nil {
-			return err
-		}
+		_ = os.RemoveAll(fresh) // initdb says so if that has failed
 		command := f.command(filepath.Join(programs, "initdb"), "-D", fresh, "-U", "taskflow", "--auth=trust",
 			"--encoding=UTF8", "--locale="+locale, "--no-instructions")
 		if out, err = command.CombinedOutput(); err == nil {
 			return os.Rename(fresh, data)
-		}
-		if ctx.Err() != nil {
-			return ctx.Err()
 		}
 	}
 	return fmt.Errorf("initdb: %w: %s", err, out)
@@ -245,13 +232,10 @@ func lock(path string) (*os.File, error) {
 // recovery included, PostgreSQL does itself.
 func endStale(ctx context.Context, data string) error {
 	pidFile := filepath.Join(data, "postmaster.pid")
-	text, err := os.ReadFile(pidFile)
+	text, _ := os.ReadFile(pidFile)
 	lines := strings.Split(string(text), "\n") // process, data, start, port, socket directory, …
-	if err != nil || len(lines) < 5 {
-		return nil
-	}
 	pid, err := strconv.Atoi(lines[0])
-	if err != nil || pid <= 1 {
+	if err != nil || pid <= 1 || len(lines) < 5 {
 		return nil
 	}
 	if !isPostgres(pid) {
