@@ -175,7 +175,7 @@ func TestTaskflowTokenPrintsATokenThatTheServiceAccepts(t *testing.T) {
 	}
 	for _, args := range [][]string{{"serve"}, {"Token", "ann"}, {"version", "x"}, {"healthcheck", "x"}, {"-x"}} {
 		var output bytes.Buffer
-		if err := run(t.Context(), args, environment(), &output, &output); !errors.As(err, new(configError)) || !strings.Contains(output.String(), "usage: taskflow") {
+		if err := run(t.Context(), args, environment(), &output, &output); !errors.As(err, new(configError)) || !strings.Contains(err.Error(), "usage: taskflow") {
 			t.Errorf("%q: %v\n%s", args, err, &output)
 		}
 	}

@@ -70,43 +70,28 @@ func main() {
 	os.Exit(1)
 }
 
+const usage = "usage: taskflow | taskflow token [-ttl 1h] USER | taskflow healthcheck | taskflow version"
+
 // run does what args say, until ctx ends or a signal comes. A configError calls for exit status 2.
 func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
-	flags := flag.NewFlagSet("taskflow", flag.ContinueOnError)
-	flags.SetOutput(stderr)
-	ttl := flags.Duration("ttl", time.Hour, "how long the token of `taskflow token` is valid")
-	command := ""
-	if len(args) > 0 && !strings.HasPrefix(args[0], "-") {
-		command, args = args[0], args[1:]
-	}
-	flags.Usage = func() {
-		fmt.Fprintln(stderr, "usage: taskflow | taskflow token [-ttl 1h] USER | taskflow healthcheck | taskflow version")
-	}
-	if err := flags.Parse(args); err != nil {
-		if errors.Is(err, flag.ErrHelp) {
-			return nil
-		}
-		return configError{err}
-	}
-	arguments := map[string]int{"": 0, "token": 1, "healthcheck": 0, "version": 0}
-	if n, ok := arguments[command]; !ok || flags.NArg() != n {
-		flags.Usage()
-		return configError{fmt.Errorf("cannot make sense of the command line")}
-	}
-	if command == "version" {
-		fmt.Fprintln(stdout, version())
-		return nil
-	}
 	cfg, err := parseConfig(getenv)
-	switch {
+	switch command := strings.Join(args, " "); {
+	case command == "version":
+		_, err = fmt.Fprintln(stdout, version())
+		return err
 	case command == "healthcheck": // where the service runs, its configuration has been judged
 		return healthcheck(ctx, cfg)
+	case command == "-h" || command == "-help" || command == "--help":
+		_, err = fmt.Fprintln(stdout, usage)
+		return err
+	case command != "" && args[0] != "token":
+		return configError{errors.New("cannot make sense of the command line; " + usage)}
 	case err != nil:
 		return err
-	case command == "token":
-		return printToken(cfg, flags.Arg(0), *ttl, stdout)
+	case command == "":
+		return serve(ctx, cfg, stdout, stderr)
 	}
-	return serve(ctx, cfg, stdout, stderr)
+	return printToken(cfg, args[1:], stdout)
 }
 
 // version is the module's: the tag or commit that it was built from, (devel) without one.
@@ -138,18 +123,25 @@ func (c config) authenticator() (*authenticator, error) {
 }
 
 // printToken prints a development token alone, so that a shell can take it.
-func printToken(cfg config, user string, ttl time.Duration, stdout io.Writer) error {
-	if !cfg.development {
+func printToken(cfg config, args []string, stdout io.Writer) error {
+	flags := flag.NewFlagSet("taskflow token", flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	ttl := flags.Duration("ttl", time.Hour, "how long the token is valid")
+	err := flags.Parse(args)
+	user := flags.Arg(0)
+	switch {
+	case err != nil:
+		return configError{fmt.Errorf("%w; %s", err, usage)}
+	case flags.NArg() != 1 || user == "" || len(user) > maxSubject || *ttl <= 0:
+		return configError{fmt.Errorf("a token needs a user of 1 to %d bytes and a positive -ttl; %s", maxSubject, usage)}
+	case !cfg.development:
 		return configError{errors.New("ENVIRONMENT must be development for `taskflow token`: in production tokens come from Better Auth")}
-	}
-	if user == "" || len(user) > maxSubject || ttl <= 0 {
-		return configError{fmt.Errorf("a token needs a user of 1 to %d bytes and a positive -ttl", maxSubject)}
 	}
 	auth, err := cfg.authenticator()
 	if err != nil {
 		return err
 	}
-	token, err := auth.developmentToken(user, ttl)
+	token, err := auth.developmentToken(user, *ttl)
 	if err != nil {
 		return err
 	}
@@ -376,17 +368,14 @@ type patientConn struct {
 
 // Write fails when the peer has taken nothing for the limit, or a sixth more.
 func (c patientConn) Write(b []byte) (written int, err error) {
-	step := c.limit / 6
-	for idle := time.Duration(0); ; {
-		if err := c.SetWriteDeadline(time.Now().Add(step)); err != nil {
-			return written, err
-		}
+	for end := time.Now().Add(c.limit); ; {
+		_ = c.SetWriteDeadline(time.Now().Add(c.limit / 6))
 		n, err := c.TCPConn.Write(b[written:])
 		written += n
-		if idle += step; n > 0 {
-			idle = 0
+		if n > 0 {
+			end = time.Now().Add(c.limit)
 		}
-		if idle >= c.limit || written == len(b) || !errors.Is(err, os.ErrDeadlineExceeded) {
+		if !errors.Is(err, os.ErrDeadlineExceeded) || time.Now().After(end) {
 			return written, err
 		}
 	}

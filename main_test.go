@@ -234,7 +234,7 @@ func TestWhatCannotWorkEndsTheStartAndSaysWhy(t *testing.T) {
 		{"nothing in production", []string{"ENVIRONMENT=prod"}, nil, 2, []string{"taskflow: DATABASE_URL ", "taskflow: BETTER_AUTH_SECRET "}},
 		{"all wrong", []string{"DATABASE_URL=mysql://u:hidden@h/d", "BETTER_AUTH_SECRET=hidden", "BETTER_AUTH_JWKS_URL=http://example.com/jwks", "CORS_ORIGINS=*", "PORT=0", "DB_POOL_SIZE=-1"},
 			nil, 2, []string{"taskflow: DATABASE_URL ", "taskflow: BETTER_AUTH_SECRET ", "taskflow: BETTER_AUTH_JWKS_URL ", "taskflow: CORS_ORIGINS ", "taskflow: PORT ", "taskflow: DB_POOL_SIZE "}},
-		{"no such command", nil, []string{"serve"}, 2, []string{"usage: taskflow", "taskflow: "}},
+		{"no such command", nil, []string{"serve"}, 2, []string{"taskflow: cannot make sense of the command line; usage: taskflow"}},
 		{"a token in production", productionOn(clusterConfig("none")), []string{"token", "ann"}, 2, []string{"taskflow: ENVIRONMENT "}},
 		{"an expired token", nil, []string{"token", "-ttl", "-1s", "ann"}, 2, []string{"taskflow: "}},
 		{"port taken", append(productionOn(clusterConfig("postgres")), "PORT="+port), nil, 1, []string{"taskflow: listen tcp 127.0.0.1:" + port + ": bind: address already in use"}},

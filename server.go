@@ -107,26 +107,19 @@ func (s *server) routed(routes []route) http.Handler {
 // {name} stands for one segment that is not empty.
 func matches(pattern string, r *http.Request) bool {
 	path := cmp.Or(r.URL.RawPath, r.URL.EscapedPath()) // EscapedPath alone loses %2F beside some odd bytes
-	for pattern != "" && path != "" {
-		var want, got string
-		want, pattern = firstSegment(pattern)
-		got, path = firstSegment(path)
-		text, err := url.PathUnescape(got)
-		if name, ok := strings.CutPrefix(want, "/{"); ok && err == nil && len(text) > 1 {
-			r.SetPathValue(strings.TrimSuffix(name, "}"), text[1:])
+	if strings.Count(path, "/") != strings.Count(pattern, "/") {
+		return false
+	}
+	segments := strings.Split(path, "/")
+	for i, want := range strings.Split(pattern, "/") {
+		text, err := url.PathUnescape(segments[i])
+		if name, ok := strings.CutPrefix(want, "{"); ok && err == nil && text != "" {
+			r.SetPathValue(strings.TrimSuffix(name, "}"), text)
 		} else if text != want {
 			return false
 		}
 	}
-	return pattern == path
-}
-
-// firstSegment cuts a path before its second slash.
-func firstSegment(path string) (segment, rest string) {
-	if i := strings.IndexByte(path[1:], '/'); i >= 0 {
-		return path[:i+1], path[i+1:]
-	}
-	return path, ""
+	return true
 }
 
 // A response is the http.ResponseWriter of all handlers: it remembers what the log wants to know.

@@ -107,22 +107,11 @@ func perform(ctx context.Context, db *sql.DB, query string, args []driver.NamedV
 // discard is for a result that does not matter.
 func discard([]driver.Value) error { return nil }
 
-// arguments are the values of $1, $2, …: strings, bools, int64s, byte slices, nil, pointers to them, and arrays.
+// arguments are the values of $1, $2, …: whatever database/sql would take.
 func arguments(values ...any) []driver.NamedValue {
 	args := make([]driver.NamedValue, len(values))
 	for i, value := range values {
-		switch p := value.(type) {
-		case *string:
-			if value = nil; p != nil {
-				value = *p
-			}
-		case *bool:
-			if value = nil; p != nil {
-				value = *p
-			}
-		case driver.Valuer:
-			value, _ = p.Value()
-		}
+		value, _ = driver.DefaultParameterConverter.ConvertValue(value)
 		args[i] = driver.NamedValue{Ordinal: i + 1, Value: value}
 	}
 	return args
