@@ -38,19 +38,14 @@ type batcher struct {
 
 // A member is a request for one task, with the answer to it once done is closed.
 type member struct {
-	user  string
-	id    int64
-	in    taskInput
-	task  task
-	err   error
-	done  chan struct{}
-	batch *batch // nil while it is waiting
-}
-
-// A batch is a statement under way for members of whom some may still wait.
-type batch struct {
-	cancel func()
-	wait   int
+	user     string
+	id       int64
+	in       taskInput
+	deadline time.Time // of the request
+	task     task
+	err      error
+	done     chan struct{}
+	leave    func() // tells the batch that nobody waits for this answer any more
 }
 
 // share answers m by a batch of b or by alone, a statement for m only.
@@ -69,13 +64,18 @@ func (b *batcher) do(ctx context.Context, m *member, alone func(context.Context)
 		defer b.statement()()
 		return alone(ctx)
 	}
-	m.done = make(chan struct{})
+	m.deadline, _ = ctx.Deadline()
+	m.done, m.err = make(chan struct{}), errAlone
 	b.waiting = append(b.waiting, m)
 	b.mu.Unlock()
 	select {
 	case <-m.done:
 	case <-ctx.Done():
-		b.leave(m)
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		if b.waiting = slices.DeleteFunc(b.waiting, func(other *member) bool { return other == m }); m.leave != nil {
+			m.leave()
+		}
 		return task{}, fmt.Errorf("%w: %w", errUnavailable, context.Cause(ctx))
 	}
 	if m.err == errAlone {
@@ -102,15 +102,24 @@ func (b *batcher) next() {
 	if b.busy = n > 0; !b.busy {
 		return
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	members, shared := slices.Clone(b.waiting[:n]), &batch{cancel, n}
-	for _, m := range members {
-		m.batch, m.err = shared, errAlone
-	}
+	members := slices.Clone(b.waiting[:n])
 	b.waiting = slices.Delete(b.waiting, 0, n)
+	// What goes on after one's 503 may undo what he does next, so the statement has only cancelGrace left then,
+	// like one of his own. It is not cancelled at once, unless all have left: that may leave in doubt what was
+	// just about to end well for the others.
+	first := slices.MinFunc(members, func(m, other *member) int { return m.deadline.Compare(other.deadline) })
+	ctx, cancel := context.WithDeadline(context.Background(), first.deadline.Add(cancelGrace))
+	for _, m := range members {
+		m.leave = func() {
+			if n--; n == 0 {
+				cancel()
+			}
+		}
+	}
 	go b.run(ctx, cancel, members)
 }
 
+// run answers the members.
 func (b *batcher) run(ctx context.Context, cancel func(), members []*member) {
 	defer b.statement()()
 	defer cancel()
@@ -136,21 +145,6 @@ func (b *batcher) attempt(ctx context.Context, members []*member) (err error) {
 		}
 	}()
 	return b.together(ctx, members)
-}
-
-// leave is for one who waits no longer. What goes on without him may undo what he does next, so his batch
-// has only cancelGrace left, like a statement of his own; the others then go alone. It is not cancelled at
-// once, since that may leave a statement in doubt that was just about to end well for the others.
-func (b *batcher) leave(m *member) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if m.batch == nil {
-		b.waiting = slices.DeleteFunc(b.waiting, func(other *member) bool { return other == m })
-	} else if m.batch.wait--; m.batch.wait == 0 {
-		m.batch.cancel()
-	} else {
-		time.AfterFunc(cancelGrace, m.batch.cancel)
-	}
 }
 
 // whereSmall leaves out tasks that are better sent alone: see maxBatchText.

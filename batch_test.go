@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net/http"
 	"os"
 	"regexp"
 	"slices"
@@ -285,68 +284,55 @@ func TestABatchWithoutAnAnswerIsInDoubtForAll(t *testing.T) {
 func TestABatchDoesNotOutliveThoseWhoWaitForIt(t *testing.T) {
 	t.Parallel()
 	database := newDatabase(t)
-	s := newServiceWith(t, database, 8)
-	for _, test := range []struct {
-		leave, waiting string // who hangs up, and how many statements wait in the end
-	}{
-		{"one", "2"}, // the others go alone
-		{"all", "0"},
-	} {
-		release := hold(t, database, `LOCK TABLE tasks`)
-		var hangUp [3]func()
-		b, done := &s.tasks().creations, make(chan struct{})
-		go func() {
-			defer close(done)
-			b.share(t, len(hangUp), func(i int) {
-				ctx, cancel := context.WithCancel(t.Context())
-				hangUp[i] = cancel
-				r, _ := http.NewRequestWithContext(ctx, "POST", s.url+"/api/ann/tasks", strings.NewReader(`{"title":"x"}`))
-				r.Header.Set("Authorization", "Bearer "+tokenFor(t, "ann"))
-				response, err := http.DefaultTransport.RoundTrip(r)
-				if gone := i == 0 || test.leave == "all"; gone != errors.Is(err, context.Canceled) || !gone && response.StatusCode != 201 {
-					t.Errorf("%d: %v, %v", i, response, err)
-				}
-				if err == nil {
-					_ = response.Body.Close()
-				}
-			})
-		}()
-		eventually(t, "the batch waits for the table", func() bool { return others(t, database, waiting) == "1" })
-		hangUp[0]()
-		eventually(t, "it is noticed", func() bool { return len(s.logs.at(slog.LevelWarn)) == 1 })
-		if test.leave == "all" {
-			hangUp[1]()
-			hangUp[2]()
-		}
-		eventually(t, test.waiting+" wait", func() bool { return others(t, database, waiting) == test.waiting })
-		release()
-		<-done
-		s.logs.at(slog.LevelWarn)
-	}
-	if n := len(s.as(t, "ann", "GET", "/api/ann/tasks", "").tasks(t)); n != 2 {
-		t.Errorf("there are %d tasks", n)
-	}
+	s := newServiceWithin(t, database, 8, time.Second)
+	release := hold(t, database, `LOCK TABLE tasks`)
+	s.tasks().creations.share(t, 3, func(i int) {
+		s.as(t, "ann", "POST", "/api/ann/tasks", `{"title":"x"}`).is(t, 503, unavailable)
+	})
+	eventually(t, "nothing waits", func() bool { return others(t, database, waiting) == "0" })
+	release()
+	s.as(t, "ann", "GET", "/api/ann/tasks", "").is(t, 200, "[]")
+	s.logs.at(slog.LevelWarn)
 }
 
-func TestABatchHasTimeToEndWhenOneHangsUp(t *testing.T) {
+func TestABatchHasTimeToEndAfterTheFirstDeadline(t *testing.T) {
 	t.Parallel()
-	ctx, hangUp := context.WithCancel(t.Context())
-	var left, ended time.Time
-	b := &batcher{together: func(batch context.Context, _ []*member) error {
-		left = time.Now()
-		hangUp()
-		<-batch.Done()
-		ended = time.Now()
-		return batch.Err()
+	now := time.Now()
+	var end time.Time
+	b := &batcher{together: func(ctx context.Context, members []*member) error {
+		end, _ = ctx.Deadline()
+		return errors.New("refused")
 	}}
 	alone := func(context.Context) (task, error) { return task{id: 7}, nil }
-	b.share(t, 2, func(i int) {
-		if got, err := b.do([]context.Context{ctx, t.Context()}[i], &member{}, alone); (err == nil) != (i == 1) || err == nil && got.id != 7 {
+	b.share(t, 3, func(i int) {
+		ctx, cancel := context.WithDeadline(t.Context(), now.Add([]time.Duration{2, 1, 3}[i]*time.Hour))
+		defer cancel()
+		if got, err := b.do(ctx, &member{}, alone); err != nil || got.id != 7 {
 			t.Errorf("%d: %v, %v", i, got, err)
 		}
 	})
-	if took := ended.Sub(left); took < cancelGrace {
-		t.Errorf("cancelled after %s", took)
+	if want := now.Add(time.Hour + cancelGrace); !end.Equal(want) {
+		t.Errorf("it ends at %s, not %s", end, want)
+	}
+}
+
+func TestABatchEndsWhenAllHaveHungUp(t *testing.T) {
+	t.Parallel()
+	ctx, hangUp := context.WithTimeout(t.Context(), time.Hour)
+	ended := make(chan error)
+	b := &batcher{together: func(ctx context.Context, members []*member) error {
+		hangUp()
+		<-ctx.Done()
+		ended <- ctx.Err()
+		return ctx.Err()
+	}}
+	b.share(t, 3, func(int) {
+		if _, err := b.do(ctx, &member{}, nil); !errors.Is(err, context.Canceled) {
+			t.Error(err)
+		}
+	})
+	if err := <-ended; err != context.Canceled {
+		t.Error(err)
 	}
 }
 
