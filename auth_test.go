@@ -60,7 +60,8 @@ func seal(t testing.TB, method jwt.SigningMethod, key any, text string) string {
 // signed makes a token of a header and claims, whatever they are.
 func signed(t testing.TB, method jwt.SigningMethod, key any, header, claims string) string {
 	t.Helper()
-	return seal(t, method, key, base64.RawURLEncoding.EncodeToString([]byte(header))+"."+base64.RawURLEncoding.EncodeToString([]byte(claims)))
+	return seal(t, method, key,
+		base64.RawURLEncoding.EncodeToString([]byte(header))+"."+base64.RawURLEncoding.EncodeToString([]byte(claims)))
 }
 
 const (
@@ -79,14 +80,20 @@ func TestAuthorizationIsOneHeaderWithBearerAndOneToken(t *testing.T) {
 	s := newService(t)
 	good := withSecret(t, headerHS256, claimsOfAnn)
 	for want, headers := range map[string][][]string{
-		`[]`: {{"Bearer " + good}, {"bearer " + good}, {"BEARER " + good}, {"bEARER " + good}, {"Bearer     " + good}, {"  Bearer " + good + "  "}},
+		`[]`: {{"Bearer " + good}, {"bearer " + good}, {"BEARER " + good}, {"bEARER " + good}, {"Bearer     " + good},
+			{"  Bearer " + good + "  "}},
 		`{"detail":"Invalid authorization header"}`: {
-			nil, {""}, {"Bearer"}, {"Bearer "}, {"bearer      "}, {good}, {"Basic " + good}, {"Token " + good}, {"Digest Bearer " + good}, {"Bearer" + good},
-			{"Bearer\t" + good}, {"Bearer \t" + good}, {"Bearer\t " + good}, {"Bearer " + good + " x"}, {"Bearer " + good + "\tx"}, {"Bearer x " + good},
-			{"Bearer " + good + " " + good}, {"Bearer " + good + ", Bearer " + good}, {"Bearer " + good, "Bearer " + good}, {"Bearer " + good, "Basic YTpi"},
-			{"Bearer " + good, ""}, {"", "Bearer " + good}, {"Bearer: " + good}, {"\"Bearer\" " + good}, {"Bearer\u00a0" + good}, {"Вearer " + good},
+			nil, {""}, {"Bearer"}, {"Bearer "}, {"bearer      "}, {good}, {"Basic " + good}, {"Token " + good}, {"Digest Bearer " + good},
+			{"Bearer" + good},
+			{"Bearer\t" + good}, {"Bearer \t" + good}, {"Bearer\t " + good}, {"Bearer " + good + " x"}, {"Bearer " + good + "\tx"},
+			{"Bearer x " + good},
+			{"Bearer " + good + " " + good}, {"Bearer " + good + ", Bearer " + good}, {"Bearer " + good, "Bearer " + good},
+			{"Bearer " + good, "Basic YTpi"},
+			{"Bearer " + good, ""}, {"", "Bearer " + good}, {"Bearer: " + good}, {"\"Bearer\" " + good}, {"Bearer\u00a0" + good},
+			{"Вearer " + good},
 		},
-		`{"detail":"Invalid token"}`: {{"Bearer Bearer"}, {"Bearer " + good + ","}, {"Bearer =" + good}, {"Bearer \"" + good + "\""}, {"Bearer token=" + good}, {"Bearer \u00a0" + good}},
+		`{"detail":"Invalid token"}`: {{"Bearer Bearer"}, {"Bearer " + good + ","}, {"Bearer =" + good}, {"Bearer \"" + good + "\""},
+			{"Bearer token=" + good}, {"Bearer \u00a0" + good}},
 	} {
 		for _, lines := range headers {
 			var pairs []string
@@ -116,10 +123,14 @@ func TestTokenIsExactlyThreePartsOfStrictBase64URL(t *testing.T) {
 	}
 	a.says(t, tokenGood, "ann", good)
 	for _, token := range []string{
-		"x", ".", "..", "...", text, text + ".", "." + text, good + ".", good + "." + signature, good + ".x", "." + good, head + ".." + signature, head + "." + signature, "." + body + "." + signature,
-		sealed(head), sealed(head + ".."), sealed(head + "." + body + "."), sealed("." + head + "." + body), good + "=", sealed(head + "=." + body), sealed(head + "==." + body), sealed(head + "." + body + "="), sealed(head + "." + body + "=="),
-		text + "." + spare(signature), sealed(spare(head) + "." + body), sealed(head + "." + spare(body)), sealed(head + "." + standard(claims)), sealed(head + "." + body + "A"), sealed(head + "." + body + "!"),
-		sealed("%" + head[1:] + "." + body), sealed(head + "." + claimsOfAnn), text + "." + signature[:42], text + "." + signature + "AA", text + "." + strings.ToUpper(signature), text + "." + encode([]byte(signature)), good[1:], strings.ToLower(good),
+		"x", ".", "..", "...", text, text + ".", "." + text, good + ".", good + "." + signature, good + ".x", "." + good,
+		head + ".." + signature, head + "." + signature, "." + body + "." + signature,
+		sealed(head), sealed(head + ".."), sealed(head + "." + body + "."), sealed("." + head + "." + body), good + "=",
+		sealed(head + "=." + body), sealed(head + "==." + body), sealed(head + "." + body + "="), sealed(head + "." + body + "=="),
+		text + "." + spare(signature), sealed(spare(head) + "." + body), sealed(head + "." + spare(body)),
+		sealed(head + "." + standard(claims)), sealed(head + "." + body + "A"), sealed(head + "." + body + "!"),
+		sealed("%" + head[1:] + "." + body), sealed(head + "." + claimsOfAnn), text + "." + signature[:42], text + "." + signature + "AA",
+		text + "." + strings.ToUpper(signature), text + "." + encode([]byte(signature)), good[1:], strings.ToLower(good),
 	} {
 		a.says(t, tokenInvalid, "ann", token)
 	}
@@ -129,17 +140,24 @@ func TestOnlyHS256WithTheSecretIsAccepted(t *testing.T) {
 	t.Parallel()
 	a := bySecret()
 	for _, header := range []string{
-		headerHS256, `{"typ":"JWT","alg":"HS256"}`, ` { "alg" : "\u0048S256" } `, `{"alg":"HS256","kid":"x"}`, `{"alg":"HS256","kid":5,"kid":[]}`, `{"alg":"HS256","ALG":"none"}`,
+		headerHS256, `{"typ":"JWT","alg":"HS256"}`, ` { "alg" : "\u0048S256" } `, `{"alg":"HS256","kid":"x"}`,
+		`{"alg":"HS256","kid":5,"kid":[]}`, `{"alg":"HS256","ALG":"none"}`,
 		`{"alg":"HS256","typ":"x","typ":5,"jwk":{"kty":"oct","k":"AA"},"jku":"https://evil.example.com","x5u":"x","b64":false,"Crit":["x"]}`,
 	} {
 		a.says(t, tokenGood, "ann", withSecret(t, header, claimsOfAnn))
 	}
 	for _, header := range []string{
-		`{}`, `{"ALG":"HS256"}`, `{"Alg":"HS256"}`, `{"alg":""}`, `{"alg":null}`, `{"alg":256}`, `{"alg":["HS256"]}`, `{"alg":{"HS256":1}}`, `{"alg":"hs256"}`, `{"alg":"HS256 "}`, `{"alg":"HS256\u0000"}`,
-		`{"alg":"none"}`, `{"alg":"None"}`, `{"alg":"NONE"}`, `{"alg":"HS384"}`, `{"alg":"HS512"}`, `{"alg":"RS256"}`, `{"alg":"ES256"}`, `{"alg":"PS256","kid":"x"}`, `{"alg":"EdDSA","kid":"x"}`, `{"alg":"dir"}`,
-		`{"alg":"HS256","alg":"HS256"}`, `{"alg":"none","alg":"HS256"}`, `{"alg":"HS256","\u0061lg":"none"}`, `{"alg":"HS256","crit":["exp"],"exp":1}`, `{"alg":"HS256","crit":["b64"],"b64":true}`, `{"alg":"HS256","crit":[]}`,
-		`{"alg":"HS256","crit":null}`, `{"alg":"HS256","crit":"alg"}`, `{"alg":"HS256","crit":["x"],"crit":[]}`, ``, ` `, `null`, `"HS256"`, `["HS256"]`, `[{"alg":"HS256"}]`, `5`, `{"alg":"HS256"`, `{"alg":"HS256",}`, `{'alg':'HS256'}`,
-		`{"alg":"HS256"}x`, `{"alg":"HS256"}{}`, "\ufeff" + headerHS256, "{\"alg\":\"HS256\",\"typ\":\"\xff\"}", "{\"alg\":\"HS256\",\"\xc3\":1}", "{\"alg\":\"HS256\",\"typ\":\"\n\"}", headerHS256 + "\x00", "{\"alg\":\"HS256\",\"x\":\"\xed\xa0\x80\"}",
+		`{}`, `{"ALG":"HS256"}`, `{"Alg":"HS256"}`, `{"alg":""}`, `{"alg":null}`, `{"alg":256}`, `{"alg":["HS256"]}`, `{"alg":{"HS256":1}}`,
+		`{"alg":"hs256"}`, `{"alg":"HS256 "}`, `{"alg":"HS256\u0000"}`,
+		`{"alg":"none"}`, `{"alg":"None"}`, `{"alg":"NONE"}`, `{"alg":"HS384"}`, `{"alg":"HS512"}`, `{"alg":"RS256"}`, `{"alg":"ES256"}`,
+		`{"alg":"PS256","kid":"x"}`, `{"alg":"EdDSA","kid":"x"}`, `{"alg":"dir"}`,
+		`{"alg":"HS256","alg":"HS256"}`, `{"alg":"none","alg":"HS256"}`, `{"alg":"HS256","\u0061lg":"none"}`,
+		`{"alg":"HS256","crit":["exp"],"exp":1}`, `{"alg":"HS256","crit":["b64"],"b64":true}`, `{"alg":"HS256","crit":[]}`,
+		`{"alg":"HS256","crit":null}`, `{"alg":"HS256","crit":"alg"}`, `{"alg":"HS256","crit":["x"],"crit":[]}`, ``, ` `, `null`, `"HS256"`,
+		`["HS256"]`, `[{"alg":"HS256"}]`, `5`, `{"alg":"HS256"`, `{"alg":"HS256",}`, `{'alg':'HS256'}`,
+		`{"alg":"HS256"}x`, `{"alg":"HS256"}{}`, "\ufeff" + headerHS256, "{\"alg\":\"HS256\",\"typ\":\"\xff\"}",
+		"{\"alg\":\"HS256\",\"\xc3\":1}", "{\"alg\":\"HS256\",\"typ\":\"\n\"}", headerHS256 + "\x00",
+		"{\"alg\":\"HS256\",\"x\":\"\xed\xa0\x80\"}",
 	} {
 		token := withSecret(t, header, claimsOfAnn)
 		a.says(t, tokenInvalid, "ann", token)
@@ -149,7 +167,8 @@ func TestOnlyHS256WithTheSecretIsAccepted(t *testing.T) {
 		a.says(t, tokenInvalid, "ann", signed(t, method, []byte(testSecret), headerHS256, claimsOfAnn))
 		a.says(t, tokenInvalid, "ann", signed(t, method, []byte(testSecret), `{"alg":"`+method.Name+`"}`, claimsOfAnn))
 	}
-	for _, secret := range []string{"", testSecret[1:], testSecret + "\n", " " + testSecret, strings.ToUpper(testSecret), base64.StdEncoding.EncodeToString([]byte(testSecret))} {
+	for _, secret := range []string{"", testSecret[1:], testSecret + "\n", " " + testSecret, strings.ToUpper(testSecret),
+		base64.StdEncoding.EncodeToString([]byte(testSecret))} {
 		for _, a := range []*authenticator{a, {}, {jwks: newJWKS("http://127.0.0.1:1/")}} {
 			a.says(t, tokenInvalid, "ann", signed(t, jwt.SigningMethodHS256, []byte(secret), headerHS256, claimsOfAnn))
 		}
@@ -163,7 +182,8 @@ func TestExpIsRequiredAndNbfHonouredToTheInstant(t *testing.T) {
 		check := func(want, claims string) {
 			a.says(t, want, "ann", withSecret(t, headerHS256, `{"sub":"ann"`+claims+`}`))
 		}
-		for _, exp := range []string{"946684801", "946684800.000001", "9.46684801e8", "946684801.0", "946684801E+0", "9007199254740991", "9007199254740992"} {
+		for _, exp := range []string{"946684801", "946684800.000001", "9.46684801e8", "946684801.0", "946684801E+0", "9007199254740991",
+			"9007199254740992"} {
 			check(tokenGood, `,"exp":`+exp)
 			check(tokenInvalid, `,"exp":4102444800,"nbf":`+exp)
 		}
@@ -172,7 +192,8 @@ func TestExpIsRequiredAndNbfHonouredToTheInstant(t *testing.T) {
 			check(tokenGood, `,"exp":946684801,"nbf":`+exp)
 			check(tokenExpired, `,"exp":946684800,"nbf":`+exp)
 		}
-		for _, exp := range []string{"9007199254740993", "9007199254740994", "1e16", "-9007199254740993", "1e400", "-1e400", "1e99999999999999999999", "NaN", "Infinity", "-Infinity", "0x7fffffff", "+1", "1.", ".5", "01", "1_0",
+		for _, exp := range []string{"9007199254740993", "9007199254740994", "1e16", "-9007199254740993", "1e400", "-1e400",
+			"1e99999999999999999999", "NaN", "Infinity", "-Infinity", "0x7fffffff", "+1", "1.", ".5", "01", "1_0",
 			`"946684801"`, `"1"`, `"NaN"`, `""`, `"2000-01-01T00:00:01Z"`, "null", "true", "[]", "[946684801]", "{}"} {
 			check(tokenInvalid, `,"exp":`+exp)
 			check(tokenInvalid, `,"exp":4102444800,"nbf":`+exp)
@@ -181,13 +202,15 @@ func TestExpIsRequiredAndNbfHonouredToTheInstant(t *testing.T) {
 			check(tokenGood, `,"exp":946684801,"iat":`+iat)
 			check(tokenExpired, `,"exp":946684800,"iat":`+iat)
 		}
-		for _, claims := range []string{``, `,"EXP":946684801`, `,"exp":946684801,"exp":946684801`, `,"exp":946684800,"exp":946684801`, `,"exp":946684801,"e\u0078p":946684801`, `,"exp":946684801,"nbf":0,"nbf":0`, `,"exp":946684801,"nbf":946684801,"nbf":0`} {
+		for _, claims := range []string{``, `,"EXP":946684801`, `,"exp":946684801,"exp":946684801`, `,"exp":946684800,"exp":946684801`,
+			`,"exp":946684801,"e\u0078p":946684801`, `,"exp":946684801,"nbf":0,"nbf":0`, `,"exp":946684801,"nbf":946684801,"nbf":0`} {
 			check(tokenInvalid, claims)
 		}
 		check(tokenGood, `,"exp":946684801,"NBF":946684801`)                              // the next token is remembered, its expiry is not:
 		for _, want := range []string{tokenInvalid, tokenGood, tokenGood, tokenExpired} { // at :00, :30, :59.999999 and :60
 			check(want, `,"exp":946684860,"nbf":946684830`)
-			time.Sleep(map[int]time.Duration{0: 30 * time.Second, 30: 30*time.Second - time.Microsecond, 59: time.Microsecond}[time.Now().Second()])
+			time.Sleep(map[int]time.Duration{0: 30 * time.Second, 30: 30*time.Second - time.Microsecond,
+				59: time.Microsecond}[time.Now().Second()])
 		}
 	})
 }
@@ -203,10 +226,12 @@ func TestTokenExpiredIsSaidOnlyWhenNothingElseIsWrong(t *testing.T) {
 	a.says(t, tokenGood, "ann", withSecret(t, headerHS256, strings.Replace(claims, "1000000000", "4102444800", 1)))
 	a.says(t, tokenInvalid, "ann", late+"=")
 	a.says(t, tokenInvalid, "ann", signed(t, jwt.SigningMethodHS256, []byte("another secret"), headerHS256, claims))
-	for _, header := range []string{`{"alg":"HS512"}`, `{"alg":"none"}`, `{"alg":"EdDSA","kid":"x"}`, `{"alg":"HS256","crit":["x"]}`, `{}`} {
+	for _, header := range []string{`{"alg":"HS512"}`, `{"alg":"none"}`, `{"alg":"EdDSA","kid":"x"}`, `{"alg":"HS256","crit":["x"]}`,
+		`{}`} {
 		a.says(t, tokenInvalid, "ann", withSecret(t, header, claims))
 	}
-	for part, other := range map[string]string{`"tasks"`: `"other"`, `"https`: `"http`, `"sub"`: `"id"`, `"ann"`: `""`, `{`: `{"exp":1000000000,`, `"sub":"ann"`: `"sub":"ann","nbf":4102444800`, `}`: `,"name":"` + "\xff" + `"}`} {
+	for part, other := range map[string]string{`"tasks"`: `"other"`, `"https`: `"http`, `"sub"`: `"id"`, `"ann"`: `""`,
+		`{`: `{"exp":1000000000,`, `"sub":"ann"`: `"sub":"ann","nbf":4102444800`, `}`: `,"name":"` + "\xff" + `"}`} {
 		a.says(t, tokenInvalid, "ann", withSecret(t, headerHS256, strings.Replace(claims, part, other, 1)))
 	}
 }
@@ -217,18 +242,28 @@ func TestSubAloneIsTheUser(t *testing.T) {
 	as, euros := strings.Repeat("a", 255), strings.Repeat("€", 85)
 	for want, users := range map[string][][2]string{ // and their claims
 		tokenGood: {
-			{"ann", `"sub":"ann"`}, {"ann", ` "sub" : "\u0061nn"`}, {"ann", `"\u0073ub":"ann"`}, {"ann", `"sub":"ann","SUB":"bob","Sub":5,"id":"bob","user_id":"bob","email":"bob","email":"eve"`}, {"ann", `"sub":"ann","user":{"sub":"bob","sub":"eve"},"name":"\ud800\u0000"`},
-			{as, `"sub":"` + as + `"`}, {euros, `"sub":"` + euros + `"`}, {"a/b", `"sub":"a/b"`}, {"a/b", `"sub":"a\/b"`}, {"..", `"sub":".."`}, {"%2F", `"sub":"%2F"`}, {"a b", `"sub":"a b"`}, {" ", `"sub":" "`}, {"42", `"sub":"42"`}, {"null", `"sub":"null"`},
+			{"ann", `"sub":"ann"`}, {"ann", ` "sub" : "\u0061nn"`}, {"ann", `"\u0073ub":"ann"`},
+			{"ann", `"sub":"ann","SUB":"bob","Sub":5,"id":"bob","user_id":"bob","email":"bob","email":"eve"`},
+			{"ann", `"sub":"ann","user":{"sub":"bob","sub":"eve"},"name":"\ud800\u0000"`},
+			{as, `"sub":"` + as + `"`}, {euros, `"sub":"` + euros + `"`}, {"a/b", `"sub":"a/b"`}, {"a/b", `"sub":"a\/b"`},
+			{"..", `"sub":".."`}, {"%2F", `"sub":"%2F"`}, {"a b", `"sub":"a b"`}, {" ", `"sub":" "`}, {"42", `"sub":"42"`},
+			{"null", `"sub":"null"`},
 			{"💡", `"sub":"\ud83d\udca1"`}, {"\ufffd", `"sub":"\ufffd"`}, {"\"\\\n\x7f", `"sub":"\"\\\n` + "\x7f" + `"`},
 		},
 		tokenInvalid: {
-			{as + "a", `"sub":"` + as + `a"`}, {euros + "a", `"sub":"` + strings.Repeat(`\u20ac`, 85) + `a"`}, {"42", `"sub":42`}, {"null", `"sub":null`}, {"true", `"sub":true`}, {"ann", `"sub":["ann"]`}, {"ann", `"sub":{"id":"ann"}`}, {"ann", `"sub":""`},
-			{"a\x00", `"sub":"a\u0000"`}, {"\x00", `"sub":"\u0000"`}, {"a\ufffd", `"sub":"a\ud800"`}, {"\ufffd", `"sub":"\udc00"`}, {"\ufffd\ufffd", `"sub":"\udca1\ud83d"`}, {"\ufffd", "\"sub\":\"\xff\""}, {"\xff", "\"sub\":\"\xff\""}, {"ann", "\"sub\":\"ann\",\"name\":\"\xc3\x28\""},
-			{"ann", `"sub":"ann","sub":"ann"`}, {"bob", `"sub":"ann","sub":"bob"`}, {"ann", `"sub":"ann","s\u0075b":"bob"`}, {"ann", `"sub":"ann","sub":null`}, {"ann", `"SUB":"ann"`}, {"ann", `"Sub":"ann"`}, {"ann", `"sub ":"ann"`},
-			{"ann", `"id":"ann","user_id":"ann","userId":"ann","name":"ann","email":"ann"`}, // and Better Auth's session cookie and e-mail links:
+			{as + "a", `"sub":"` + as + `a"`}, {euros + "a", `"sub":"` + strings.Repeat(`\u20ac`, 85) + `a"`}, {"42", `"sub":42`},
+			{"null", `"sub":null`}, {"true", `"sub":true`}, {"ann", `"sub":["ann"]`}, {"ann", `"sub":{"id":"ann"}`}, {"ann", `"sub":""`},
+			{"a\x00", `"sub":"a\u0000"`}, {"\x00", `"sub":"\u0000"`}, {"a\ufffd", `"sub":"a\ud800"`}, {"\ufffd", `"sub":"\udc00"`},
+			{"\ufffd\ufffd", `"sub":"\udca1\ud83d"`}, {"\ufffd", "\"sub\":\"\xff\""}, {"\xff", "\"sub\":\"\xff\""},
+			{"ann", "\"sub\":\"ann\",\"name\":\"\xc3\x28\""},
+			{"ann", `"sub":"ann","sub":"ann"`}, {"bob", `"sub":"ann","sub":"bob"`}, {"ann", `"sub":"ann","s\u0075b":"bob"`},
+			{"ann", `"sub":"ann","sub":null`}, {"ann", `"SUB":"ann"`}, {"ann", `"Sub":"ann"`}, {"ann", `"sub ":"ann"`},
+			{"ann", `"id":"ann","user_id":"ann","userId":"ann","name":"ann","email":"ann"`},
+			// and Better Auth's session cookie and e-mail links:
 			{"ann", `"session":{"id":"s","userId":"ann","token":"t"},"user":{"id":"ann","email":"ann@example.com"},"updatedAt":1,"version":"1","iat":1`}, {"a@example.com", `"email":"a@example.com","updateTo":"b@example.com","iat":1`},
 		},
-		`403 {"detail":"Forbidden"}`: {{"bob", `"sub":"ann"`}, {"Ann", `"sub":"ann"`}, {"ann ", `"sub":"ann"`}, {"é", `"sub":"e\u0301"`}, {"\xff", `"sub":"\ufffd"`}},
+		`403 {"detail":"Forbidden"}`: {{"bob", `"sub":"ann"`}, {"Ann", `"sub":"ann"`}, {"ann ", `"sub":"ann"`}, {"é", `"sub":"e\u0301"`},
+			{"\xff", `"sub":"\ufffd"`}},
 	} {
 		for _, user := range users {
 			a.says(t, want, user[0], withSecret(t, headerHS256, `{`+user[1]+`,"exp":4102444800}`))
@@ -238,7 +273,8 @@ func TestSubAloneIsTheUser(t *testing.T) {
 		return `{"x":` + strings.Repeat("[", levels) + strings.Repeat("]", levels) + `,` + claimsOfAnn[1:]
 	}
 	a.says(t, tokenGood, "ann", withSecret(t, headerHS256, deep(99)))
-	for _, claims := range []string{``, `null`, `[]`, `"ann"`, `[` + claimsOfAnn + `]`, claimsOfAnn + `x`, claimsOfAnn + claimsOfAnn, claimsOfAnn[1:], claimsOfAnn[:29], "\ufeff" + claimsOfAnn, deep(1000), deep(50000)} {
+	for _, claims := range []string{``, `null`, `[]`, `"ann"`, `[` + claimsOfAnn + `]`, claimsOfAnn + `x`, claimsOfAnn + claimsOfAnn,
+		claimsOfAnn[1:], claimsOfAnn[:29], "\ufeff" + claimsOfAnn, deep(1000), deep(50000)} {
 		a.says(t, tokenInvalid, "ann", withSecret(t, headerHS256, claims))
 	}
 }
@@ -249,18 +285,24 @@ func TestIssuerAndAudienceAreCheckedWhenSet(t *testing.T) {
 	const iss, aud = `,"iss":"` + origin + `"`, `,"aud":"` + origin + `"`
 	for good, claims := range map[[4]bool][]string{ // with neither set, with the issuer, the audience, both
 		{true, false, false, false}: {``, `,"iss":{},"iss":"\u0000","aud":false,"aud":[[],"\ud800"]`},
-		{true, true, true, true}:    {iss + aud, aud + `,"iss":"https:\/\/app.example.com"`, iss + `,"aud":["` + origin + `"]`, iss + `,"aud":[ "x" , "` + origin + `" ]`, iss + `,"aud":["` + origin + `","\ud800"]`, iss + `,"AUD":"x"` + aud},
+		{true, true, true, true}: {iss + aud, aud + `,"iss":"https:\/\/app.example.com"`, iss + `,"aud":["` + origin + `"]`,
+			iss + `,"aud":[ "x" , "` + origin + `" ]`, iss + `,"aud":["` + origin + `","\ud800"]`, iss + `,"AUD":"x"` + aud},
 		{true, true, false, false}: {
-			iss, iss + `,"aud":["https:","` + origin + `.evil.example",""]`, iss + `,"aud":[]`, iss + `,"aud":[null]`, iss + `,"aud":null`, iss + `,"aud":""`, iss + `,"aud":5`, iss + `,"AUD":"` + origin + `"`, iss + aud + aud, iss + aud + `,"a\u0075d":["` + origin + `"]`, iss + `,"aud":["` + origin + `",5]`,
-			iss + `,"aud":[null,"` + origin + `"]`, iss + `,"aud":[["` + origin + `"]]`, iss + `,"aud":{"` + origin + `":1}`, iss + `,"aud":"` + origin + `/"`, iss + `,"aud":"HTTPS://app.example.com"`, iss + `,"aud":"` + origin + ` x"`,
+			iss, iss + `,"aud":["https:","` + origin + `.evil.example",""]`, iss + `,"aud":[]`, iss + `,"aud":[null]`, iss + `,"aud":null`,
+			iss + `,"aud":""`, iss + `,"aud":5`, iss + `,"AUD":"` + origin + `"`, iss + aud + aud,
+			iss + aud + `,"a\u0075d":["` + origin + `"]`, iss + `,"aud":["` + origin + `",5]`,
+			iss + `,"aud":[null,"` + origin + `"]`, iss + `,"aud":[["` + origin + `"]]`, iss + `,"aud":{"` + origin + `":1}`,
+			iss + `,"aud":"` + origin + `/"`, iss + `,"aud":"HTTPS://app.example.com"`, iss + `,"aud":"` + origin + ` x"`,
 		},
-		{true, false, true, false}: {aud, iss + iss + aud, aud + `,"iss":["` + origin + `"]`, aud + `,"iss":null`, aud + `,"iss":""`, aud + `,"iss":5`, aud + `,"iss":"` + origin + `/"`, aud + `,"ISS":"` + origin + `"`},
+		{true, false, true, false}: {aud, iss + iss + aud, aud + `,"iss":["` + origin + `"]`, aud + `,"iss":null`, aud + `,"iss":""`,
+			aud + `,"iss":5`, aud + `,"iss":"` + origin + `/"`, aud + `,"ISS":"` + origin + `"`},
 	} {
 		for i, configured := range [][2]string{{"", ""}, {origin, ""}, {"", origin}, {origin, origin}} {
 			a := bySecret()
 			a.issuer, a.audience = configured[0], configured[1]
 			for _, text := range claims {
-				a.says(t, map[bool]string{true: tokenGood, false: tokenInvalid}[good[i]], "ann", withSecret(t, headerHS256, `{"sub":"ann","exp":4102444800`+text+`}`))
+				a.says(t, map[bool]string{true: tokenGood, false: tokenInvalid}[good[i]], "ann",
+					withSecret(t, headerHS256, `{"sub":"ann","exp":4102444800`+text+`}`))
 			}
 		}
 	}
@@ -282,12 +324,14 @@ func TestOnlySomeTokensAreRemembered(t *testing.T) {
 // FuzzAuthorization: whatever the header, nobody gets in whom golang-jwt does not let in, too.
 func FuzzAuthorization(f *testing.F) {
 	good := withSecret(f, headerHS256, claimsOfAnn)
-	for _, line := range []string{"", "Bearer", "bearer  " + good, "Bearer " + good + "\n", "Bearer " + good[:20] + "\r\n" + good[20:], "Bearer a.b.c", "Bearer ..", "Basic x", "Bearer " + good + "."} {
+	for _, line := range []string{"", "Bearer", "bearer  " + good, "Bearer " + good + "\n", "Bearer " + good[:20] + "\r\n" + good[20:],
+		"Bearer a.b.c", "Bearer ..", "Basic x", "Bearer " + good + "."} {
 		f.Add(line)
 	}
 	f.Fuzz(func(t *testing.T, line string) {
 		token, err := bearer([]string{line})
-		if scheme, rest, _ := strings.Cut(line, " "); err == nil && (!strings.EqualFold(scheme, "bearer") || strings.Trim(rest, " ") != token || strings.ContainsAny(token, " \t")) {
+		if scheme, rest, _ := strings.Cut(line, " "); err == nil &&
+			(!strings.EqualFold(scheme, "bearer") || strings.Trim(rest, " ") != token || strings.ContainsAny(token, " \t")) {
 			t.Errorf("%q: the token is %q", line, token)
 		}
 		checkWithGolangJWT(t, token)
@@ -296,7 +340,8 @@ func FuzzAuthorization(f *testing.F) {
 
 // FuzzToken: whatever the header and the claims, with a good signature or without.
 func FuzzToken(f *testing.F) {
-	for _, claims := range []string{claimsOfAnn, `{"sub":"\ud83d\udca1","exp":1e11}`, `{"sub":"a\u0000","exp":4102444800,"nbf":-1.5}`, `{"exp":1}`, `{"sub":"ann","exp":1e400}`, `{"sub":"` + strings.Repeat("a", 256) + `","exp":4102444800}`, `[`} {
+	for _, claims := range []string{claimsOfAnn, `{"sub":"\ud83d\udca1","exp":1e11}`, `{"sub":"a\u0000","exp":4102444800,"nbf":-1.5}`,
+		`{"exp":1}`, `{"sub":"ann","exp":1e400}`, `{"sub":"` + strings.Repeat("a", 256) + `","exp":4102444800}`, `[`} {
 		f.Add(headerHS256, claims)
 	}
 	f.Add(`{"alg":"none"}`, claimsOfAnn)

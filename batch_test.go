@@ -110,7 +110,8 @@ func TestRequestsThatWaitShareAStatementAndGetTheirOwnAnswers(t *testing.T) {
 		want.UpdatedAt = got.task(t).UpdatedAt
 		got.is(t, 200, mustJSON(t, want))
 		made[i] = want
-		same := want.Title == was.Title && want.IsCompleted == was.IsCompleted && mustJSON(t, want.Description) == mustJSON(t, was.Description)
+		same := want.Title == was.Title && want.IsCompleted == was.IsCompleted &&
+			mustJSON(t, want.Description) == mustJSON(t, was.Description)
 		if want.UpdatedAt < was.UpdatedAt || same != (want.UpdatedAt == was.UpdatedAt) {
 			t.Errorf("%v: updated_at %s, then %s", changes, was.UpdatedAt, want.UpdatedAt)
 		}
@@ -174,7 +175,8 @@ func TestChangesOfTheSameTasksThroughTwoReplicasAllSurvive(t *testing.T) {
 			t.Errorf("%d changes have %d times", 3*rounds, len(slices.Compact(all)))
 		}
 		got := replicas[0].as(t, user, "GET", "/api/"+user+"/tasks", "").tasks(t)[0]
-		if last := rounds - 1; got.Title != fmt.Sprint("title", last) || *got.Description != fmt.Sprint("description", last) || got.IsCompleted {
+		if last := rounds - 1; got.Title != fmt.Sprint("title", last) || *got.Description != fmt.Sprint("description", last) ||
+			got.IsCompleted {
 			t.Errorf("%s has %+v", user, got)
 		}
 	}
@@ -381,11 +383,13 @@ func TestATaskWithALongDescriptionIsAskedForAlone(t *testing.T) {
 	long := strings.Repeat("é", maxBatchText/2)
 	var paths [3]string
 	for i, description := range []string{long + "x", long, "short"} {
-		paths[i] = fmt.Sprint("/api/ann/tasks/", s.as(t, "ann", "POST", "/api/ann/tasks", mustJSON(t, map[string]string{"title": "x", "description": description})).task(t).ID)
+		paths[i] = fmt.Sprint("/api/ann/tasks/",
+			s.as(t, "ann", "POST", "/api/ann/tasks", mustJSON(t, map[string]string{"title": "x", "description": description})).task(t).ID)
 	}
 	members := []*member{{user: "ann", id: 1, err: errAlone}, {user: "ann", id: 2, err: errAlone}, {user: "ann", id: 3, err: errAlone}}
 	for _, together := range []func(context.Context, []*member) error{s.tasks().readTogether, s.tasks().changeTogether} {
-		if err := together(t.Context(), members); err != nil || members[0].err != errAlone || members[1].err != nil || members[2].err != nil {
+		if err := together(t.Context(), members); err != nil || members[0].err != errAlone || members[1].err != nil ||
+			members[2].err != nil {
 			t.Errorf("%v: %v, %v, %v", err, members[0].err, members[1].err, members[2].err)
 		}
 		for _, m := range members {
@@ -436,7 +440,8 @@ func TestABatchLooksEachTaskUpInTheIndex(t *testing.T) {
 				plan += line + "\n"
 			}
 			found := regexp.MustCompile(`Index Cond: \(\(user_id = (wanted|changed)\.owner\) AND \(id = (wanted|changed)\.task\)\)`).FindAllString(plan, -1)
-			if os.Getenv("TASKFLOW_TEST_TABLE") == "" && len(found) != 1+strings.Count(statement, "UPDATE tasks") || strings.Contains(plan, "Seq Scan") {
+			if os.Getenv("TASKFLOW_TEST_TABLE") == "" && len(found) != 1+strings.Count(statement, "UPDATE tasks") ||
+				strings.Contains(plan, "Seq Scan") {
 				t.Errorf("with %s rows: %s\n%s", rows, statement, plan)
 			}
 			must(conn.ExecContext(t.Context(), `DEALLOCATE batch`))

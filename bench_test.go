@@ -58,7 +58,8 @@ func BenchmarkToken(b *testing.B) {
 	b.Run("EdDSA-again", again(&authenticator{jwks: keys}, signed))
 	b.Run("baseline=golang-jwt", func(b *testing.B) {
 		for b.Loop() {
-			if _, err := jwt.Parse(token, func(*jwt.Token) (any, error) { return a.secret, nil }, jwt.WithExpirationRequired()); err != nil {
+			if _, err := jwt.Parse(token, func(*jwt.Token) (any, error) { return a.secret, nil },
+				jwt.WithExpirationRequired()); err != nil {
 				b.Fatal(err)
 			}
 		}
@@ -168,9 +169,12 @@ func BenchmarkHandler(b *testing.B) {
 	const one, columns = ` WHERE user_id = 'user' || :user AND id = 1000 + :i`, ` RETURNING ` + taskColumns
 	for _, request := range []struct{ name, method, path, body, statement string }{
 		{"get", "GET", "/api/user%d/tasks/%d", "", `SELECT ` + taskColumns + ` FROM tasks` + one},
-		{"list-10", "GET", "/api/user%d/tasks?%d", "", `SELECT ` + taskColumns + ` FROM tasks WHERE user_id = 'user' || :user ORDER BY id LIMIT 1025`},
-		{"patch", "PATCH", "/api/user%d/tasks/%d", `{"title": "new"}`, `UPDATE tasks SET title = 'new', updated_at = now()` + one + columns},
-		{"create", "POST", "/api/user%d/tasks?%d", `{"title": "new"}`, `INSERT INTO tasks (user_id, title) VALUES ('new' || :user, 'new')` + columns},
+		{"list-10", "GET", "/api/user%d/tasks?%d", "",
+			`SELECT ` + taskColumns + ` FROM tasks WHERE user_id = 'user' || :user ORDER BY id LIMIT 1025`},
+		{"patch", "PATCH", "/api/user%d/tasks/%d", `{"title": "new"}`,
+			`UPDATE tasks SET title = 'new', updated_at = now()` + one + columns},
+		{"create", "POST", "/api/user%d/tasks?%d", `{"title": "new"}`,
+			`INSERT INTO tasks (user_id, title) VALUES ('new' || :user, 'new')` + columns},
 		{"health", "GET", "/health?%d,%d", "", ""},
 	} {
 		var next atomic.Int64
@@ -179,7 +183,8 @@ func BenchmarkHandler(b *testing.B) {
 			b.RunParallel(func(pb *testing.PB) {
 				for pb.Next() {
 					i := int(next.Add(1) % 1000)
-					r, _ := http.NewRequest(request.method, plain.URL+fmt.Sprintf(request.path, i%100, 1001+i), strings.NewReader(request.body))
+					r, _ := http.NewRequest(request.method, plain.URL+fmt.Sprintf(request.path, i%100, 1001+i),
+						strings.NewReader(request.body))
 					r.Header.Set("Authorization", tokens[i%100])
 					if got := send(b, r); got.status > 299 {
 						b.Error(got.status, got.body)
@@ -196,7 +201,8 @@ func BenchmarkHandler(b *testing.B) {
 			b.Fatal(err)
 		}
 		b.Run(request.name+"/baseline=pgbench", func(b *testing.B) {
-			out, err := exec.Command("pgbench", "-n", "-M", "prepared", "-c", strconv.Itoa(clients), "-j", "2", "-t", strconv.Itoa(b.N/clients+1),
+			out, err := exec.Command("pgbench", "-n", "-M", "prepared", "-c", strconv.Itoa(clients), "-j", "2", "-t",
+				strconv.Itoa(b.N/clients+1),
 				"-f", script, "-h", database.Host, "-U", database.User, database.Database).CombinedOutput()
 			if err != nil || !strings.Contains(string(out), "number of failed transactions: 0 ") {
 				b.Fatal(err, string(out))

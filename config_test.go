@@ -29,22 +29,31 @@ const remoteDatabase = "DATABASE_URL=postgres://u:p@db.example.com/tasks?sslmode
 
 func TestValuesAreTakenAsTheyAreAndAnEmptyOneIsUnset(t *testing.T) {
 	t.Parallel()
-	unset := config{development: true, origins: []string{"http://localhost:3000"}, host: "127.0.0.1", port: "8000", poolSize: 16, poolTimeout: 5 * time.Second}
-	set := config{development: true, secret: strings.Repeat("ü", 16), jwksURL: "https://c", issuer: " i ", audience: "a,b", origins: []string{"https://a", "http://b:1"}, host: "::1", port: "65535", poolSize: 1, poolTimeout: 30 * time.Second}
+	unset := config{development: true, origins: []string{"http://localhost:3000"}, host: "127.0.0.1", port: "8000", poolSize: 16,
+		poolTimeout: 5 * time.Second}
+	set := config{development: true, secret: strings.Repeat("ü", 16), jwksURL: "https://c", issuer: " i ", audience: "a,b",
+		origins: []string{"https://a", "http://b:1"}, host: "::1", port: "65535", poolSize: 1, poolTimeout: 30 * time.Second}
 	for _, c := range []struct {
 		variables []string
 		want      config
 	}{
 		{nil, unset},
-		{[]string{"DATABASE_URL=", "BETTER_AUTH_SECRET=", "BETTER_AUTH_JWKS_URL=", "BETTER_AUTH_ISSUER=", "BETTER_AUTH_AUDIENCE=", "CORS_ORIGINS=", "ENVIRONMENT=", "HOST=", "PORT=", "DB_POOL_SIZE=", "DB_POOL_TIMEOUT="}, unset},
-		{[]string{"BETTER_AUTH_SECRET=" + set.secret, "BETTER_AUTH_JWKS_URL=https://c", "BETTER_AUTH_ISSUER= i ", "BETTER_AUTH_AUDIENCE=a,b", "CORS_ORIGINS=https://a , http://b:1", "ENVIRONMENT=development", "HOST=::1", "PORT=65535", "DB_POOL_SIZE=1", "DB_POOL_TIMEOUT=0m30s"}, set},
+		{[]string{"DATABASE_URL=", "BETTER_AUTH_SECRET=", "BETTER_AUTH_JWKS_URL=", "BETTER_AUTH_ISSUER=", "BETTER_AUTH_AUDIENCE=",
+			"CORS_ORIGINS=", "ENVIRONMENT=", "HOST=", "PORT=", "DB_POOL_SIZE=", "DB_POOL_TIMEOUT="}, unset},
+		{[]string{"BETTER_AUTH_SECRET=" + set.secret, "BETTER_AUTH_JWKS_URL=https://c", "BETTER_AUTH_ISSUER= i ",
+			"BETTER_AUTH_AUDIENCE=a,b", "CORS_ORIGINS=https://a , http://b:1", "ENVIRONMENT=development", "HOST=::1", "PORT=65535",
+			"DB_POOL_SIZE=1", "DB_POOL_TIMEOUT=0m30s"}, set},
 	} {
 		if got, err := parseConfig(environment(c.variables...)); err != nil || !reflect.DeepEqual(got, c.want) {
 			t.Errorf("%q: %+v, %v", c.variables, got, err)
 		}
 	}
-	for _, variable := range []string{"PORT=1", "DB_POOL_TIMEOUT=1ns", "DB_POOL_TIMEOUT=1.5s", "DB_POOL_SIZE=1000", "BETTER_AUTH_SECRET=" + strings.Repeat("x", 32), "BETTER_AUTH_JWKS_URL=https://a.example/jwks", "BETTER_AUTH_JWKS_URL=https://10.0.0.1:8443/x?y=z", "BETTER_AUTH_JWKS_URL=http://localhost",
-		"BETTER_AUTH_JWKS_URL=http://localhost:3000/api/auth/jwks", "BETTER_AUTH_JWKS_URL=http://127.0.0.1:3000/", "BETTER_AUTH_JWKS_URL=http://127.8.9.10/", "BETTER_AUTH_JWKS_URL=http://[::1]:3000/", "BETTER_AUTH_JWKS_URL=HTTPS://a.example/"} {
+	for _, variable := range []string{"PORT=1", "DB_POOL_TIMEOUT=1ns", "DB_POOL_TIMEOUT=1.5s", "DB_POOL_SIZE=1000",
+		"BETTER_AUTH_SECRET=" + strings.Repeat("x", 32), "BETTER_AUTH_JWKS_URL=https://a.example/jwks",
+		"BETTER_AUTH_JWKS_URL=https://10.0.0.1:8443/x?y=z", "BETTER_AUTH_JWKS_URL=http://localhost",
+		"BETTER_AUTH_JWKS_URL=http://localhost:3000/api/auth/jwks", "BETTER_AUTH_JWKS_URL=http://127.0.0.1:3000/",
+		"BETTER_AUTH_JWKS_URL=http://127.8.9.10/", "BETTER_AUTH_JWKS_URL=http://[::1]:3000/",
+		"BETTER_AUTH_JWKS_URL=HTTPS://a.example/"} {
 		if _, err := parseConfig(environment(variable)); err != nil {
 			t.Errorf("%s: %v", variable, err)
 		}
@@ -53,13 +62,16 @@ func TestValuesAreTakenAsTheyAreAndAnEmptyOneIsUnset(t *testing.T) {
 
 func TestOnlyDevelopmentRelaxes(t *testing.T) {
 	t.Parallel()
-	for _, name := range []string{"production", "Development", "DEVELOPMENT", "development ", " development", "dev", "test", "staging", "0", "false"} {
+	for _, name := range []string{"production", "Development", "DEVELOPMENT", "development ", " development", "dev", "test", "staging", "0",
+		"false"} {
 		_, err := parseConfig(environment("ENVIRONMENT=" + name))
-		if err == nil || strings.Count(err.Error(), "\n") != 1 || !strings.HasPrefix(err.Error(), "DATABASE_URL ") || !strings.Contains(err.Error(), "\nBETTER_AUTH_SECRET ") {
+		if err == nil || strings.Count(err.Error(), "\n") != 1 || !strings.HasPrefix(err.Error(), "DATABASE_URL ") ||
+			!strings.Contains(err.Error(), "\nBETTER_AUTH_SECRET ") {
 			t.Errorf("%q: %v", name, err)
 		}
 		for _, auth := range []string{secretVariable, "BETTER_AUTH_JWKS_URL=https://a.example/jwks"} {
-			if c, err := parseConfig(environment("ENVIRONMENT="+name, remoteDatabase, auth)); err != nil || c.development || c.host != "" || c.database.Host != "db.example.com" {
+			if c, err := parseConfig(environment("ENVIRONMENT="+name, remoteDatabase, auth)); err != nil || c.development || c.host != "" ||
+				c.database.Host != "db.example.com" {
 				t.Errorf("%q with %s: %+v, %v", name, auth, c, err)
 			}
 		}
@@ -68,13 +80,18 @@ func TestOnlyDevelopmentRelaxes(t *testing.T) {
 
 // faulty has values that are one fault each, all of them with a mark that must not be printed where it is a secret.
 var faulty = map[string][]string{
-	"DATABASE_URL":         {"mysql://u:s3cr3t@h/db", "u:s3cr3t@h/db", "s3cr3t", "postgres://u:s3cr3t@h/db?sslmode=perhaps", "postgres://u:s3cr3t@h:port/db", "postgres://u:s3cr3t@h/db?sslmode=disable&channel_binding=require", "postgres://u:%zzs3cr3t@h/db", "postgres://u:s3cr3t@h/db?connect_timeout=x"},
-	"BETTER_AUTH_SECRET":   {"s3cr3t", strings.Repeat("s3cr3t!", 4) + "xyz", "ü" + strings.Repeat("s3cr3t", 4)},
-	"BETTER_AUTH_JWKS_URL": {"http://a.example/jwks", "http://0.0.0.0/jwks", "http://10.0.0.1/jwks", "http://localhost.example.com/", "http://[2001:db8::1]/", "http://user:s3cr3t@a.example/", "ftp://a.example/s3cr3t", "a.example/jwks", "/jwks", "https://", "https:///jwks", "https://:443/", "https://a b/", "http://%zz/", "https"},
-	"CORS_ORIGINS":         {"*", "http://a/", "http://a,", "null", " ", "http://A", "https://user:s3cr3t@a.example", strings.Repeat("https://a.example/", 20)},
-	"PORT":                 {"0", "65536", "-1", "+1", "http", "8000 ", "80.0", "0x50", "99999999999999999999"},
-	"DB_POOL_SIZE":         {"0", "-1", "x", "1.5", "16 ", "99999999999999999999"},
-	"DB_POOL_TIMEOUT":      {"0", "0s", "-1s", "5", "30.000000001s", "31s", "1h", "x", "5 s", "9999999999h"},
+	"DATABASE_URL": {"mysql://u:s3cr3t@h/db", "u:s3cr3t@h/db", "s3cr3t", "postgres://u:s3cr3t@h/db?sslmode=perhaps",
+		"postgres://u:s3cr3t@h:port/db", "postgres://u:s3cr3t@h/db?sslmode=disable&channel_binding=require", "postgres://u:%zzs3cr3t@h/db",
+		"postgres://u:s3cr3t@h/db?connect_timeout=x"},
+	"BETTER_AUTH_SECRET": {"s3cr3t", strings.Repeat("s3cr3t!", 4) + "xyz", "ü" + strings.Repeat("s3cr3t", 4)},
+	"BETTER_AUTH_JWKS_URL": {"http://a.example/jwks", "http://0.0.0.0/jwks", "http://10.0.0.1/jwks", "http://localhost.example.com/",
+		"http://[2001:db8::1]/", "http://user:s3cr3t@a.example/", "ftp://a.example/s3cr3t", "a.example/jwks", "/jwks", "https://",
+		"https:///jwks", "https://:443/", "https://a b/", "http://%zz/", "https"},
+	"CORS_ORIGINS": {"*", "http://a/", "http://a,", "null", " ", "http://A", "https://user:s3cr3t@a.example",
+		strings.Repeat("https://a.example/", 20)},
+	"PORT":            {"0", "65536", "-1", "+1", "http", "8000 ", "80.0", "0x50", "99999999999999999999"},
+	"DB_POOL_SIZE":    {"0", "-1", "x", "1.5", "16 ", "99999999999999999999"},
+	"DB_POOL_TIMEOUT": {"0", "0s", "-1s", "5", "30.000000001s", "31s", "1h", "x", "5 s", "9999999999h"},
 }
 
 func TestEveryFaultIsALineThatNamesTheVariableAndPrintsNoSecret(t *testing.T) {
@@ -86,7 +103,8 @@ func TestEveryFaultIsALineThatNamesTheVariableAndPrintsNoSecret(t *testing.T) {
 		}
 		got := strings.Split(err.Error(), "\n")
 		for i, line := range got {
-			if !strings.HasPrefix(line, strings.Split(variables[i], "=")[0]+" ") || strings.Contains(strings.ToLower(line), "s3cr3t") || len(line) > 300 {
+			if !strings.HasPrefix(line, strings.Split(variables[i], "=")[0]+" ") || strings.Contains(strings.ToLower(line), "s3cr3t") ||
+				len(line) > 300 {
 				t.Errorf("%q: %s", variables[i], line)
 			}
 		}
@@ -95,7 +113,8 @@ func TestEveryFaultIsALineThatNamesTheVariableAndPrintsNoSecret(t *testing.T) {
 		}
 	}
 	var all []string
-	for _, name := range []string{"DATABASE_URL", "BETTER_AUTH_SECRET", "BETTER_AUTH_JWKS_URL", "CORS_ORIGINS", "PORT", "DB_POOL_SIZE", "DB_POOL_TIMEOUT"} {
+	for _, name := range []string{"DATABASE_URL", "BETTER_AUTH_SECRET", "BETTER_AUTH_JWKS_URL", "CORS_ORIGINS", "PORT", "DB_POOL_SIZE",
+		"DB_POOL_TIMEOUT"} {
 		for _, value := range faulty[name] {
 			_, err := parseConfig(environment(name + "=" + value))
 			check(1, err, name+"="+value)
@@ -107,10 +126,15 @@ func TestEveryFaultIsALineThatNamesTheVariableAndPrintsNoSecret(t *testing.T) {
 		check(len(all), err, all...)
 	}
 	// A password in which something is not encoded, and every other misfortune of a URL
-	for _, password := range []string{"S3cr3t", "S3cr3t/x", "x/S3cr3t", "S3cr3t?x", "x?S3cr3t", "x?y=S3cr3t", "x?sslmode=S3cr3t", "x?s3cr3t=%zz", "x?s3cr3t", "S3cr3t#x", "S3cr3t@x", "x@S3cr3t", "x@y:S3cr3t", "S3cr3t:x", "S3cr3t%", "%zzS3cr3t", "S3cr3t,1", "1,S3cr3t", "1/S3cr3t", "[S3cr3t", "S3cr3t]:", "S3cr3t'", `S3cr3t"`, `"S3cr3t`, `S3cr3t\`, "S3cr3t\n", "x\nS3cr3t", "%0aS3cr3t", "S3cr3tü", "S3cr3t\xff", "S3cr3t ", "S3cr3t&x=y", "S3cr3t%00"} {
+	for _, password := range []string{"S3cr3t", "S3cr3t/x", "x/S3cr3t", "S3cr3t?x", "x?S3cr3t", "x?y=S3cr3t", "x?sslmode=S3cr3t",
+		"x?s3cr3t=%zz", "x?s3cr3t", "S3cr3t#x", "S3cr3t@x", "x@S3cr3t", "x@y:S3cr3t", "S3cr3t:x", "S3cr3t%", "%zzS3cr3t", "S3cr3t,1",
+		"1,S3cr3t", "1/S3cr3t", "[S3cr3t", "S3cr3t]:", "S3cr3t'", `S3cr3t"`, `"S3cr3t`, `S3cr3t\`, "S3cr3t\n", "x\nS3cr3t", "%0aS3cr3t",
+		"S3cr3tü", "S3cr3t\xff", "S3cr3t ", "S3cr3t&x=y", "S3cr3t%00"} {
 		for _, scheme := range []string{"postgres://", "postgresql://", "postgres:/", "POSTGRES://", ""} {
 			for _, host := range []string{"h", "h:1", "h:port", "h:99999", "h,i:1,x", "[::1", ""} {
-				for _, rest := range []string{"", "/db", "/db?sslmode=perhaps", "/db?port=", "/db?password=S3cr3t&sslpassword=S3cr3t%22&connect_timeout=x", "/db?channel_binding=require&sslmode=disable", "/db?target_session_attrs=S3cr3t", "/db?port=1&host=/x"} {
+				for _, rest := range []string{"", "/db", "/db?sslmode=perhaps", "/db?port=",
+					"/db?password=S3cr3t&sslpassword=S3cr3t%22&connect_timeout=x", "/db?channel_binding=require&sslmode=disable",
+					"/db?target_session_attrs=S3cr3t", "/db?port=1&host=/x"} {
 					variable := "DATABASE_URL=" + scheme + "u:" + password + "@" + host + rest
 					if c, err := parseConfig(environment(variable)); err != nil {
 						check(1, err, variable)
@@ -130,10 +154,16 @@ func TestWarnings(t *testing.T) {
 		variables []string
 		want      []string // what each warning names
 	}{
-		{[]string{remoteDatabase, secretVariable}, nil}, {[]string{jwks, "BETTER_AUTH_AUDIENCE=x"}, nil}, {[]string{jwks}, []string{"BETTER_AUTH_AUDIENCE"}}, {[]string{jwks, "BETTER_AUTH_ISSUER=x"}, []string{"BETTER_AUTH_AUDIENCE"}},
-		{[]string{"DATABASE_URL=postgres://u@db.example.com/d?sslmode=require"}, []string{"verif"}}, {[]string{"DATABASE_URL=postgres://u@db.example.com/d"}, []string{"verif"}}, {[]string{"DATABASE_URL=postgres://u@localhost,db.example.com/d?sslmode=require"}, []string{"verif"}},
-		{[]string{"DATABASE_URL=postgres://u@localhost/d?sslmode=require"}, nil}, {[]string{"DATABASE_URL=postgres://u@127.0.0.1,[::1]/d?sslmode=require"}, nil}, {[]string{"DATABASE_URL=postgres://u@/d?host=/tmp&sslmode=require"}, nil},
-		{[]string{"DATABASE_URL=postgres://u@db.example.com/d?sslmode=require&channel_binding=require"}, nil}, {[]string{jwks, "DATABASE_URL=postgres://u@db.example.com/d?sslmode=require"}, []string{"verif", "BETTER_AUTH_AUDIENCE"}},
+		{[]string{remoteDatabase, secretVariable}, nil}, {[]string{jwks, "BETTER_AUTH_AUDIENCE=x"}, nil},
+		{[]string{jwks}, []string{"BETTER_AUTH_AUDIENCE"}}, {[]string{jwks, "BETTER_AUTH_ISSUER=x"}, []string{"BETTER_AUTH_AUDIENCE"}},
+		{[]string{"DATABASE_URL=postgres://u@db.example.com/d?sslmode=require"}, []string{"verif"}},
+		{[]string{"DATABASE_URL=postgres://u@db.example.com/d"}, []string{"verif"}},
+		{[]string{"DATABASE_URL=postgres://u@localhost,db.example.com/d?sslmode=require"}, []string{"verif"}},
+		{[]string{"DATABASE_URL=postgres://u@localhost/d?sslmode=require"}, nil},
+		{[]string{"DATABASE_URL=postgres://u@127.0.0.1,[::1]/d?sslmode=require"}, nil},
+		{[]string{"DATABASE_URL=postgres://u@/d?host=/tmp&sslmode=require"}, nil},
+		{[]string{"DATABASE_URL=postgres://u@db.example.com/d?sslmode=require&channel_binding=require"}, nil},
+		{[]string{jwks, "DATABASE_URL=postgres://u@db.example.com/d?sslmode=require"}, []string{"verif", "BETTER_AUTH_AUDIENCE"}},
 	} {
 		got, err := parseConfig(environment(c.variables...))
 		if err != nil || !slices.EqualFunc(got.warnings, c.want, strings.Contains) {
@@ -149,10 +179,17 @@ func TestTaskflowTokenPrintsATokenThatTheServiceAccepts(t *testing.T) {
 		variables, args []string
 		lasts           time.Duration // 0: refused
 	}{
-		{[]string{secretVariable}, []string{"ann"}, time.Hour}, {both, []string{"ann"}, time.Hour}, {both[:2], []string{"a/b é"}, time.Hour}, {both, []string{"-ttl", "90s", strings.Repeat("a", 255)}, 90 * time.Second}, {both, []string{"--ttl=1000h", "ann"}, 1000 * time.Hour},
-		{append([]string{"BETTER_AUTH_JWKS_URL=https://a.example/jwks"}, both...), []string{"ann"}, time.Hour}, {both, nil, 0}, {both, []string{""}, 0}, {both, []string{"ann", "bob"}, 0}, {both, []string{strings.Repeat("a", 256)}, 0}, {both, []string{"-ttl", "ann"}, 0}, {both, []string{"-ttl", "x", "ann"}, 0},
-		{both, []string{"-ttl", "0", "ann"}, 0}, {both, []string{"-ttl", "-1s", "ann"}, 0}, {both, []string{"-ttl=5", "ann"}, 0}, {both, []string{"-x", "ann"}, 0}, {both, []string{"ann", "-ttl", "1h"}, 0}, {[]string{"BETTER_AUTH_SECRET=short"}, []string{"ann"}, 0}, {append(both, "PORT=x"), []string{"ann"}, 0},
-		{append(both, "ENVIRONMENT=production", remoteDatabase), []string{"ann"}, 0}, {append(both, "ENVIRONMENT=dev", remoteDatabase), []string{"ann"}, 0},
+		{[]string{secretVariable}, []string{"ann"}, time.Hour}, {both, []string{"ann"}, time.Hour},
+		{both[:2], []string{"a/b é"}, time.Hour}, {both, []string{"-ttl", "90s", strings.Repeat("a", 255)}, 90 * time.Second},
+		{both, []string{"--ttl=1000h", "ann"}, 1000 * time.Hour},
+		{append([]string{"BETTER_AUTH_JWKS_URL=https://a.example/jwks"}, both...), []string{"ann"}, time.Hour}, {both, nil, 0},
+		{both, []string{""}, 0}, {both, []string{"ann", "bob"}, 0}, {both, []string{strings.Repeat("a", 256)}, 0},
+		{both, []string{"-ttl", "ann"}, 0}, {both, []string{"-ttl", "x", "ann"}, 0},
+		{both, []string{"-ttl", "0", "ann"}, 0}, {both, []string{"-ttl", "-1s", "ann"}, 0}, {both, []string{"-ttl=5", "ann"}, 0},
+		{both, []string{"-x", "ann"}, 0}, {both, []string{"ann", "-ttl", "1h"}, 0},
+		{[]string{"BETTER_AUTH_SECRET=short"}, []string{"ann"}, 0}, {append(both, "PORT=x"), []string{"ann"}, 0},
+		{append(both, "ENVIRONMENT=production", remoteDatabase), []string{"ann"}, 0},
+		{append(both, "ENVIRONMENT=dev", remoteDatabase), []string{"ann"}, 0},
 	} {
 		var stdout, stderr bytes.Buffer
 		start, getenv := time.Now().Truncate(time.Second), environment(c.variables...)
@@ -167,7 +204,8 @@ func TestTaskflowTokenPrintsATokenThatTheServiceAccepts(t *testing.T) {
 		a.issuer, a.audience = getenv("BETTER_AUTH_ISSUER"), getenv("BETTER_AUTH_AUDIENCE")
 		token, ok := strings.CutSuffix(stdout.String(), "\n")
 		a.says(t, tokenGood, user, token)
-		if left := time.Unix(int64(a.verified.tokens[token].exp), 0).Sub(start); !ok || err != nil || stderr.Len() > 0 || left < c.lasts || left > c.lasts+10*time.Second {
+		if left := time.Unix(int64(a.verified.tokens[token].exp), 0).Sub(start); !ok || err != nil || stderr.Len() > 0 || left < c.lasts ||
+			left > c.lasts+10*time.Second {
 			t.Errorf("%q with %q: lasts %s, %v\n%s%s", c.args, c.variables, left, err, &stdout, &stderr)
 		}
 		a = &authenticator{secret: a.secret, issuer: "https://a.example", audience: "https://b.example"}
@@ -175,7 +213,8 @@ func TestTaskflowTokenPrintsATokenThatTheServiceAccepts(t *testing.T) {
 	}
 	for _, args := range [][]string{{"serve"}, {"Token", "ann"}, {"version", "x"}, {"healthcheck", "x"}, {"-x"}} {
 		var output bytes.Buffer
-		if err := run(t.Context(), args, environment(), &output, &output); !errors.As(err, new(configError)) || !strings.Contains(err.Error(), "usage: taskflow") {
+		if err := run(t.Context(), args, environment(), &output, &output); !errors.As(err, new(configError)) ||
+			!strings.Contains(err.Error(), "usage: taskflow") {
 			t.Errorf("%q: %v\n%s", args, err, &output)
 		}
 	}

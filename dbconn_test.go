@@ -62,7 +62,8 @@ func TestDatabaseURLsMeanWhatTheyMeanToPostgreSQL(t *testing.T) {
 		{"", "postgres://u@h1,h2:2/d", "u||h1:5432 h2:2|d|require|| !"},
 		{"", "postgres://u@[::1]:1,[::2]:2/d", "u||::1:1 ::2:2|d|require|| !"},
 		{"", "postgres://u@localhost:1,127.0.0.1:2/d", "u||localhost:1 127.0.0.1:2|d|prefer||"},
-		{"", `postgres://o%27neil%20\:p%40%2F%3A%5C%27%22+%25%20%3F%23@/d%27%20%5C%2F%C3%BC`, `o'neil \|p@/:\'"+% ?#|localhost:5432|d' \/ü|prefer||`},
+		{"", `postgres://o%27neil%20\:p%40%2F%3A%5C%27%22+%25%20%3F%23@/d%27%20%5C%2F%C3%BC`,
+			`o'neil \|p@/:\'"+% ?#|localhost:5432|d' \/ü|prefer||`},
 		{"", `postgres://u:a:b@c'd\e"f g#@/d`, `u|a:b@c'd\e"f g#|localhost:5432|d|prefer||`},
 		{"", "postgres://u:p@localhost", "u|p|localhost:5432||prefer||"},
 		{"", "postgres:///d?user=u&password=p%26q&", "u|p&q|localhost:5432|d|prefer||"},
@@ -74,7 +75,8 @@ func TestDatabaseURLsMeanWhatTheyMeanToPostgreSQL(t *testing.T) {
 		for _, more := range c.Multi {
 			hosts += fmt.Sprintf(" %s:%d", more.Host, more.Port)
 		}
-		got := strings.Join([]string{c.User, c.Password, hosts, c.Database, string(c.SSLMode), c.SSLRootCert, string(c.TargetSessionAttrs)}, "|")
+		got := strings.Join([]string{c.User, c.Password, hosts, c.Database, string(c.SSLMode), c.SSLRootCert, string(c.TargetSessionAttrs)},
+			"|")
 		if strings.Contains(strings.Join(warnings, ""), "identity is not verified") {
 			got += " !"
 		}
@@ -108,7 +110,8 @@ func TestABadDatabaseURLIsExplainedWithoutItsPassword(t *testing.T) {
 	t.Parallel()
 	for text, want := range badDatabaseURLs {
 		_, _, err := parseDatabaseURL(text, func(string) string { return "" })
-		if err == nil || !strings.Contains(err.Error(), want) || strings.ContainsAny(err.Error(), "\n") || strings.Contains(err.Error(), "S3CRET") {
+		if err == nil || !strings.Contains(err.Error(), want) || strings.ContainsAny(err.Error(), "\n") ||
+			strings.Contains(err.Error(), "S3CRET") {
 			t.Errorf("%s: %v, want %q", text, err, want)
 		}
 	}
@@ -357,7 +360,8 @@ func TestAStatementIsRepeatedOnlyWhereThatIsHarmless(t *testing.T) {
 		{"KEY", "53100", 503, 1, "first"},
 		{"GET", "XX000", 503, 1, "first"},
 	}
-	texts := map[string]string{"POST": "INSERT", "KEY": "ON CONFLICT", "PATCH": "UPDATE tasks", "PREPARE": "PREPARE", "DELETE": "DELETE", "GET": "AND id = $2", "LIST": "LIMIT"}
+	texts := map[string]string{"POST": "INSERT", "KEY": "ON CONFLICT", "PATCH": "UPDATE tasks", "PREPARE": "PREPARE", "DELETE": "DELETE",
+		"GET": "AND id = $2", "LIST": "LIMIT"}
 	database := newDatabase(t)
 	for i := range 2 * len(tests) {
 		test, pooler := tests[i/2], i%2 > 0
@@ -395,7 +399,8 @@ func TestAStatementIsRepeatedOnlyWhereThatIsHarmless(t *testing.T) {
 			if strings.HasPrefix(test.script, "25006") && p.seen[0] == p.seen[1] {
 				t.Error("asked the server that had become read-only again")
 			}
-			if titles := ask(t, database, `SELECT string_agg(title, ' ' ORDER BY id) FROM tasks WHERE user_id = $1 AND title <> 'many'`, user); titles != test.titles {
+			if titles := ask(t, database, `SELECT string_agg(title, ' ' ORDER BY id) FROM tasks WHERE user_id = $1 AND title <> 'many'`,
+				user); titles != test.titles {
 				t.Errorf("there is %q, want %q", titles, test.titles)
 			}
 			s.as(t, user, "GET", path+"?limit=1", "").tasks(t) // the pool's one connection is not lost
@@ -437,7 +442,8 @@ func TestConnectionsThatTheServerHasClosedAreNoticedBeforeAStatementIsSent(t *te
 func TestNothingWaitsLongerThanItsTimeLimitForAHangingServer(t *testing.T) {
 	t.Parallel()
 	const limit = 300 * time.Millisecond
-	for text, body := range map[string]string{"client_encoding": "", "SELECT": "", "INSERT": `{"title":"x"}`} { // the first while connecting
+	for text, body := range map[string]string{"client_encoding": "", "SELECT": "",
+		"INSERT": `{"title":"x"}`} { // the first while connecting
 		t.Run(text, func(t *testing.T) {
 			t.Parallel()
 			p := newProxy(t, newDatabase(t))
@@ -506,7 +512,8 @@ func TestOneHostOfTwoMayBeDownOrHanging(t *testing.T) {
 	hanging, up := newProxy(t, database), newProxy(t, database)
 	hanging.treat("client_encoding", "stall")
 	for _, port := range []uint16{1, hanging.config.Port} {
-		text := fmt.Sprintf("postgresql://taskflow@127.0.0.1:%d,127.0.0.1:%d/%s?target_session_attrs=read-write", port, up.config.Port, database.Database)
+		text := fmt.Sprintf("postgresql://taskflow@127.0.0.1:%d,127.0.0.1:%d/%s?target_session_attrs=read-write", port, up.config.Port,
+			database.Database)
 		cfg, _, err := parseDatabaseURL(text, func(string) string { return "" })
 		if err != nil {
 			t.Fatal(err)

@@ -69,11 +69,13 @@ func TestDevelopmentNeedsNothingButAnEmptyFolder(t *testing.T) {
 	}
 	if os.Getuid() == 0 {
 		f.account = must(unprivileged(f.path))
-		if info, err := os.Stat(fmt.Sprintf("/proc/%d", postmaster(folder))); runtime.GOOS == "linux" && (err != nil || info.Sys().(*syscall.Stat_t).Uid == 0) {
+		if info, err := os.Stat(fmt.Sprintf("/proc/%d", postmaster(folder))); runtime.GOOS == "linux" &&
+			(err != nil || info.Sys().(*syscall.Stat_t).Uid == 0) {
 			t.Errorf("PostgreSQL runs as root, or not at all: %v", err)
 		}
 	}
-	list := "[" + p.as(t, string(must(os.ReadFile(filepath.Join(f.path, "secret")))), "POST", "/api/demo/tasks", `{"title":"kept"}`).body + "]"
+	list := "[" + p.as(t, string(must(os.ReadFile(filepath.Join(f.path, "secret")))), "POST", "/api/demo/tasks", `{"title":"kept"}`).body +
+		"]"
 	token := start(t, folder, nil, "token", "-ttl", "5m", "demo")
 	token.exits(t, 0, ".")
 	r := must(http.NewRequest("GET", p.url+"/api/demo/tasks", nil))
@@ -169,11 +171,13 @@ func TestWithoutServerProgramsOneMessageSaysWhatToInstall(t *testing.T) {
 	for name, does := range map[string]string{"postgres": "echo 'postgres (PostgreSQL) 15.0'", "initdb": "echo no room; exit 1"} {
 		must(0, os.WriteFile(filepath.Join(programPlaces[0], name), []byte("#!/bin/sh\n"+does+"\n"), 0o755))
 	}
-	if _, err := startDevDB(t.Context(), devFolder{path: t.TempDir()}, slog.New(slog.DiscardHandler), nil); err == nil || !strings.Contains(err.Error(), "no room") {
+	if _, err := startDevDB(t.Context(), devFolder{path: t.TempDir()}, slog.New(slog.DiscardHandler), nil); err == nil ||
+		!strings.Contains(err.Error(), "no room") {
 		t.Error(err)
 	}
 	programPlaces = nil
-	if _, err := startDevDB(t.Context(), devFolder{path: t.TempDir()}, slog.New(slog.DiscardHandler), nil); err != errNoPostgres || !strings.Contains(err.Error(), "apt-get install postgresql") {
+	if _, err := startDevDB(t.Context(), devFolder{path: t.TempDir()}, slog.New(slog.DiscardHandler), nil); err != errNoPostgres ||
+		!strings.Contains(err.Error(), "apt-get install postgresql") {
 		t.Error(err)
 	}
 }
@@ -186,11 +190,13 @@ func TestAFolderIsReachableWhenAllAboveItAre(t *testing.T) {
 		accounts = []*syscall.Credential{{Uid: 1, Gid: 1}, {Uid: 2, Gid: gid}, {Uid: 2, Gid: 2}}
 		uid = 1
 	}
-	for mode, want := range map[os.FileMode][3]bool{0o700: {true}, 0o010: {false, true}, 0o001: {false, false, true}, 0o666: {}, 0o711: {true, true, true}} {
+	for mode, want := range map[os.FileMode][3]bool{0o700: {true}, 0o010: {false, true}, 0o001: {false, false, true}, 0o666: {},
+		0o711: {true, true, true}} {
 		folder := t.TempDir()
 		above := filepath.Join(folder, "above")
 		dir := filepath.Join(above, "dir")
-		err := errors.Join(os.Chmod(filepath.Dir(folder), 0o755), os.MkdirAll(dir, 0o755), os.Chown(above, int(uid), int(gid)), os.Chmod(above, mode))
+		err := errors.Join(os.Chmod(filepath.Dir(folder), 0o755), os.MkdirAll(dir, 0o755), os.Chown(above, int(uid), int(gid)),
+			os.Chmod(above, mode))
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -131,7 +131,8 @@ func mismatch(value, schema any, where string) string {
 	if kind, one := s["type"].(string); one {
 		kinds, ok = []any{kind}, true
 	}
-	kind := map[string]any{"string": "string", "json.Number": "integer", "bool": "boolean", "<nil>": "null", "[]interface {}": "array", "map[string]interface {}": "object"}[fmt.Sprintf("%T", value)]
+	kind := map[string]any{"string": "string", "json.Number": "integer", "bool": "boolean", "<nil>": "null", "[]interface {}": "array",
+		"map[string]interface {}": "object"}[fmt.Sprintf("%T", value)]
 	if ok && !slices.Contains(kinds, kind) {
 		return fmt.Sprintf("%s is not %v", where, kinds)
 	}
@@ -206,7 +207,8 @@ func TestTheDocsRunNothingButTheirOwnScript(t *testing.T) {
 	t.Parallel()
 	got := newServiceOn(t, &authenticator{}).as(t, "", "GET", "/docs", "")
 	policy := got.header.Get("Content-Security-Policy")
-	for _, part := range []string{"default-src 'none'", "connect-src 'self'", "frame-ancestors 'none'", contentHash("script"), contentHash("style")} {
+	for _, part := range []string{"default-src 'none'", "connect-src 'self'", "frame-ancestors 'none'", contentHash("script"),
+		contentHash("style")} {
 		if !strings.Contains(policy, part) {
 			t.Errorf("the policy lacks %s: %s", part, policy)
 		}
@@ -216,7 +218,8 @@ func TestTheDocsRunNothingButTheirOwnScript(t *testing.T) {
 			t.Errorf("%s is there %d times", element, strings.Count(got.body, element))
 		}
 	}
-	if elsewhere := regexp.MustCompile(`(src|href)="?(https?:)?//`).FindString(got.body); elsewhere != "" || strings.Contains(got.body, " style=") {
+	if elsewhere := regexp.MustCompile(`(src|href)="?(https?:)?//`).FindString(got.body); elsewhere != "" ||
+		strings.Contains(got.body, " style=") {
 		t.Errorf("the page loads something or has inline style: %s", elsewhere)
 	}
 }

@@ -54,7 +54,8 @@ func keyJSON(name, kid, more string) string {
 	case *ecdsa.PublicKey:
 		point, _ := public.Bytes()
 		half := 1 + len(point)/2
-		return fmt.Sprintf(`{%s"crv":%q,"kty":"EC","x":%q,"y":%q,"kid":%q}`, more, public.Params().Name, encode(point[1:half]), encode(point[half:]), kid)
+		return fmt.Sprintf(`{%s"crv":%q,"kty":"EC","x":%q,"y":%q,"kid":%q}`, more, public.Params().Name, encode(point[1:half]),
+			encode(point[half:]), kid)
 	default:
 		return fmt.Sprintf(`{%s"kty":"RSA","n":%q,"e":"AQAB","kid":%q}`, more, encode(public.(*rsa.PublicKey).N.Bytes()), kid)
 	}
@@ -194,7 +195,8 @@ func TestAKeyVerifiesOnlyItsOwnAlgorithm(t *testing.T) {
 						kids[other], kids[other+"2"] = other == name, false
 					}
 					for kid, may := range kids {
-						a.says(t, map[bool]string{true: tokenGood, false: tokenInvalid}[may && alg == signing], "ann", tokenBy(t, name, signing, alg, kid))
+						a.says(t, map[bool]string{true: tokenGood, false: tokenInvalid}[may && alg == signing], "ann",
+							tokenBy(t, name, signing, alg, kid))
 					}
 				}
 			}
@@ -202,15 +204,18 @@ func TestAKeyVerifiesOnlyItsOwnAlgorithm(t *testing.T) {
 			alg := algorithmsOf[name][0]
 			der, _ := x509.MarshalPKIXPublicKey(keyPairs()[name].Public())
 			block := string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}))
-			for _, secret := range []string{block, strings.TrimSpace(block), string(der), string(der[12:]), keyJSON(name, name, ""), keySet(keys...), name, ""} {
+			for _, secret := range []string{block, strings.TrimSpace(block), string(der), string(der[12:]), keyJSON(name, name, ""),
+				keySet(keys...), name, ""} {
 				for _, a := range []*authenticator{a, {jwks: a.jwks}, {secret: a.secret}} {
 					for _, alg := range []string{"HS256", alg} {
-						a.says(t, tokenInvalid, "ann", signed(t, jwt.SigningMethodHS256, []byte(secret), fmt.Sprintf(`{"alg":%q,"kid":%q}`, alg, name), claimsOfAnn))
+						a.says(t, tokenInvalid, "ann",
+							signed(t, jwt.SigningMethodHS256, []byte(secret), fmt.Sprintf(`{"alg":%q,"kid":%q}`, alg, name), claimsOfAnn))
 					}
 				}
 			}
 			text, signature := cutLast(tokenBy(t, name, alg, alg, name))
-			for _, bad := range []string{"", signature[4:], signature[:len(signature)-4], signature + "AAAA", strings.Repeat("A", len(signature)), "AAAA" + signature[4:]} {
+			for _, bad := range []string{"", signature[4:], signature[:len(signature)-4], signature + "AAAA",
+				strings.Repeat("A", len(signature)), "AAAA" + signature[4:]} {
 				a.says(t, tokenInvalid, "ann", text+"."+bad)
 			}
 		}
@@ -222,12 +227,15 @@ func TestAKeyVerifiesOnlyItsOwnAlgorithm(t *testing.T) {
 
 func TestTheKeyIsTheOneThatKidNames(t *testing.T) {
 	t.Parallel()
-	set := keySet(keyJSON("ed", "one", ""), keyJSON("ed2", "two", ""), keyJSON("rsa", "all", ""), keyJSON("ed", "all", ""), keyJSON("ed2", "all", ""), keyJSON("ed", "ключ", ""))
+	set := keySet(keyJSON("ed", "one", ""), keyJSON("ed2", "two", ""), keyJSON("rsa", "all", ""), keyJSON("ed", "all", ""),
+		keyJSON("ed2", "all", ""), keyJSON("ed", "ключ", ""))
 	synctest.Test(t, func(t *testing.T) {
 		a, _ := withEndpoint(answers(0, 200, set))
 		for want, headers := range map[string][]string{
-			tokenGood: {`"kid":"one"`, `"kid":"\u006fne"`, `"kid":"all"`, `"kid":"ключ"`, `"kid":"one","typ":"JWT","typ":1,"jku":"https://evil.example.com"`},
-			tokenInvalid: {`"kid":"two"`, `"kid":"One"`, `"kid":"one "`, `"kid":""`, `"kid":null`, `"kid":1`, `"kid":["one"]`, `"kid":"\ud800"`, `"KID":"one"`, `"x":"one"`,
+			tokenGood: {`"kid":"one"`, `"kid":"\u006fne"`, `"kid":"all"`, `"kid":"ключ"`,
+				`"kid":"one","typ":"JWT","typ":1,"jku":"https://evil.example.com"`},
+			tokenInvalid: {`"kid":"two"`, `"kid":"One"`, `"kid":"one "`, `"kid":""`, `"kid":null`, `"kid":1`, `"kid":["one"]`,
+				`"kid":"\ud800"`, `"KID":"one"`, `"x":"one"`,
 				`"kid":"one","kid":"one"`, `"kid":"two","kid":"one"`, `"kid":"one","crit":["exp"]`, `"kid":"one","alg":"EdDSA"`},
 		} {
 			for _, header := range headers {
@@ -252,14 +260,23 @@ func TestKeysThatCannotBeUsedArePassedOver(t *testing.T) {
 	encode, modulus := base64.RawURLEncoding.EncodeToString, keyPairs()["rsa"].Public().(*rsa.PublicKey).N
 	n, zeros, longer := encode(modulus.Bytes()), encode(make([]byte, 32)), encode(new(big.Int).Lsh(modulus, 1024).Bytes())
 	useless := []string{
-		`null`, `5`, `"ed"`, `[]`, `{}`, `{"kid":"ed"}`, `{"kty":"oct","k":"c2VjcmV0","kid":"ed","alg":"HS256"}`, `{"kty":"oct","k":"c2VjcmV0","kid":"ed"}`, keyJSON("ed", "", ""), keyJSON("short", "rsa", ""), keyJSON("p384", "p384", ""),
-		keyJSON("p384", "p384", `"alg":"ES384",`), keyJSON("ed", "ed", `"use":"enc",`), keyJSON("rsa", "rsa", `"use":"enc",`), keyJSON("p256", "p256", `"alg":5,`), keyJSON("p256", "p256", `"alg":"ECDH-ES",`), keyJSON("rsa", "rsa", `"alg":"RSA-OAEP",`),
-		with("ed", `"kid":"ed"`, `"kid":5`), with("ed", `"kid":"ed"`, `"kid":null`), with("ed", `"kid":`, `"id":`), with("ed", `OKP`, `okp`), with("ed", `OKP`, `EC`), with("ed", "Ed25519", "X25519"), with("ed", "Ed25519", "Ed448"),
-		with("ed", `"x":"`, `"x":"AAAA`), with("ed", `"x":"`, `"x":"!`), with("ed", `"x":`, `"y":`), with("ed", `"x":"`, `"x":["`, `","kty"`, `"],"kty"`), with("ed", `","kty"`, `=","kty"`), with("p256", `"x":"`, `"x":"AAAA`), with("p256", `"y":"`, `"y":"AAAA`),
-		with("p256", `"x":`, `"y":`, `"y":`, `"x":`), with("p256", `"y":`, `"z":`), with("p256", "P-256", "P-521"), with("p521", "P-521", "P-256"), with("p256", "P-256", "secp256k1"), with("p256", "P-256", "p-256"), with("p256", `"EC"`, `"RSA"`),
-		`{"kty":"EC","crv":"P-256","kid":"p256","x":"` + zeros + `","y":"` + zeros + `"}`, `{"kty":"EC","crv":"P-256","kid":"p256","x":"` + n[:43] + `","y":"` + zeros + `"}`, // off the curve
-		with("rsa", `AQAB`, ``), with("rsa", `AQAB`, `AQ`), with("rsa", `AQAB`, `AA`), with("rsa", `AQAB`, `Ag`), with("rsa", `AQAB`, `gAAAAAE`), with("rsa", `AQAB`, `AQABAQABAQABAQAB`), with("rsa", `AQAB`, `!`),
-		with("rsa", `"n":`, `"m":`), with("rsa", n, n[3:]), with("rsa", n, n+"=="), with("rsa", n, longer+"!AAA"), // which is not what stands before the !
+		`null`, `5`, `"ed"`, `[]`, `{}`, `{"kid":"ed"}`, `{"kty":"oct","k":"c2VjcmV0","kid":"ed","alg":"HS256"}`,
+		`{"kty":"oct","k":"c2VjcmV0","kid":"ed"}`, keyJSON("ed", "", ""), keyJSON("short", "rsa", ""), keyJSON("p384", "p384", ""),
+		keyJSON("p384", "p384", `"alg":"ES384",`), keyJSON("ed", "ed", `"use":"enc",`), keyJSON("rsa", "rsa", `"use":"enc",`),
+		keyJSON("p256", "p256", `"alg":5,`), keyJSON("p256", "p256", `"alg":"ECDH-ES",`), keyJSON("rsa", "rsa", `"alg":"RSA-OAEP",`),
+		with("ed", `"kid":"ed"`, `"kid":5`), with("ed", `"kid":"ed"`, `"kid":null`), with("ed", `"kid":`, `"id":`),
+		with("ed", `OKP`, `okp`), with("ed", `OKP`, `EC`), with("ed", "Ed25519", "X25519"), with("ed", "Ed25519", "Ed448"),
+		with("ed", `"x":"`, `"x":"AAAA`), with("ed", `"x":"`, `"x":"!`), with("ed", `"x":`, `"y":`),
+		with("ed", `"x":"`, `"x":["`, `","kty"`, `"],"kty"`), with("ed", `","kty"`, `=","kty"`), with("p256", `"x":"`, `"x":"AAAA`),
+		with("p256", `"y":"`, `"y":"AAAA`),
+		with("p256", `"x":`, `"y":`, `"y":`, `"x":`), with("p256", `"y":`, `"z":`), with("p256", "P-256", "P-521"),
+		with("p521", "P-521", "P-256"), with("p256", "P-256", "secp256k1"), with("p256", "P-256", "p-256"), with("p256", `"EC"`, `"RSA"`),
+		`{"kty":"EC","crv":"P-256","kid":"p256","x":"` + zeros + `","y":"` + zeros + `"}`,
+		`{"kty":"EC","crv":"P-256","kid":"p256","x":"` + n[:43] + `","y":"` + zeros + `"}`, // off the curve
+		with("rsa", `AQAB`, ``), with("rsa", `AQAB`, `AQ`), with("rsa", `AQAB`, `AA`), with("rsa", `AQAB`, `Ag`),
+		with("rsa", `AQAB`, `gAAAAAE`), with("rsa", `AQAB`, `AQABAQABAQABAQAB`), with("rsa", `AQAB`, `!`),
+		with("rsa", `"n":`, `"m":`), with("rsa", n, n[3:]), with("rsa", n, n+"=="), with("rsa", n, longer+"!AAA"),
+		// which is not what stands before the !
 	}
 	for _, text := range useless {
 		if key, err := parseJWK([]byte(text)); err == nil {
@@ -342,14 +359,23 @@ func TestKnownKeysGoOnWorkingWhateverTheEndpointAnswers(t *testing.T) {
 		want   string
 		takes  time.Duration
 	}{
-		"just in time": {answers(3*time.Second-1, 200, both), good, 3*time.Second - 1}, "256 KiB": {answers(0, 200, both+strings.Repeat(" ", 256<<10-len(both))), good, 0},
+		"just in time":  {answers(3*time.Second-1, 200, both), good, 3*time.Second - 1},
+		"256 KiB":       {answers(0, 200, both+strings.Repeat(" ", 256<<10-len(both))), good, 0},
 		"an empty list": {answers(0, 200, `{"keys":[]}`), gone, 0}, "only useless keys": {answers(0, 200, keySet(`{}`)), gone, 0},
-		"too late": {answers(3*time.Second+1, 200, both), bad, 3 * time.Second}, "hanging": {answers(time.Hour, 200, both), bad, 3 * time.Second}, "a body that hangs": {trickle(4 * time.Second), bad, 3 * time.Second},
-		"a body that trickles": {trickle(time.Second), bad, 3 * time.Second}, "a body that does not end": {trickle(time.Millisecond), bad, 257 * time.Millisecond}, "10 MB": {answers(0, 200, both+strings.Repeat(" ", 10<<20)), bad, 0},
-		"256 KiB and a byte": {answers(0, 200, both+strings.Repeat(" ", 256<<10-len(both)+1)), bad, 0}, "no answer": {func(*http.Request) (*http.Response, error) { return nil, io.EOF }, bad, 0},
-		"500": {answers(0, 500, both), bad, 0}, "404": {answers(0, 404, both), bad, 0}, "201": {answers(0, 201, both), bad, 0}, "429": {answers(0, 429, `{"keys":[]}`), bad, 0}, "302": {answers(0, 302, both), bad, 0}, "308": {answers(0, 308, both), bad, 0},
-		"HTML": {answers(0, 200, `<!DOCTYPE html><title>Sign in</title>`), bad, 0}, "nothing": {answers(0, 200, ``), bad, 0}, "truncated": {answers(0, 200, both[:len(both)-1]), bad, 0}, "trailing data": {answers(0, 200, both+"x"), bad, 0},
-		"null": {answers(0, 200, `null`), bad, 0}, "a bare list": {answers(0, 200, both[8:len(both)-1]), bad, 0}, "no keys": {answers(0, 200, `{"error":"x"}`), bad, 0}, "keys null": {answers(0, 200, `{"keys":null}`), bad, 0},
+		"too late":                 {answers(3*time.Second+1, 200, both), bad, 3 * time.Second},
+		"hanging":                  {answers(time.Hour, 200, both), bad, 3 * time.Second},
+		"a body that hangs":        {trickle(4 * time.Second), bad, 3 * time.Second},
+		"a body that trickles":     {trickle(time.Second), bad, 3 * time.Second},
+		"a body that does not end": {trickle(time.Millisecond), bad, 257 * time.Millisecond},
+		"10 MB":                    {answers(0, 200, both+strings.Repeat(" ", 10<<20)), bad, 0},
+		"256 KiB and a byte":       {answers(0, 200, both+strings.Repeat(" ", 256<<10-len(both)+1)), bad, 0},
+		"no answer":                {func(*http.Request) (*http.Response, error) { return nil, io.EOF }, bad, 0},
+		"500":                      {answers(0, 500, both), bad, 0}, "404": {answers(0, 404, both), bad, 0}, "201": {answers(0, 201, both), bad, 0},
+		"429": {answers(0, 429, `{"keys":[]}`), bad, 0}, "302": {answers(0, 302, both), bad, 0}, "308": {answers(0, 308, both), bad, 0},
+		"HTML": {answers(0, 200, `<!DOCTYPE html><title>Sign in</title>`), bad, 0}, "nothing": {answers(0, 200, ``), bad, 0},
+		"truncated": {answers(0, 200, both[:len(both)-1]), bad, 0}, "trailing data": {answers(0, 200, both+"x"), bad, 0},
+		"null": {answers(0, 200, `null`), bad, 0}, "a bare list": {answers(0, 200, both[8:len(both)-1]), bad, 0},
+		"no keys": {answers(0, 200, `{"error":"x"}`), bad, 0}, "keys null": {answers(0, 200, `{"keys":null}`), bad, 0},
 		"keys an object": {answers(0, 200, `{"keys":{}}`), bad, 0}, "keys a string": {answers(0, 200, `{"keys":"[]"}`), bad, 0},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -410,7 +436,8 @@ func TestARequestThatEndsDoesNotEndTheFetchThatOthersWaitFor(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
 		start := time.Now()
-		if _, err := a.subject(ctx, tokenBy(t, "ed", "EdDSA", "EdDSA", "ed")); !errors.Is(err, errJWKSDown) || time.Since(start) != time.Second {
+		if _, err := a.subject(ctx, tokenBy(t, "ed", "EdDSA", "EdDSA", "ed")); !errors.Is(err, errJWKSDown) ||
+			time.Since(start) != time.Second {
 			t.Errorf("%v after %s", err, time.Since(start))
 		}
 		if a.saysBy(t, tokenGood, "ed"); time.Since(start) != 2*time.Second {
@@ -432,7 +459,8 @@ func FuzzJWK(f *testing.F) {
 		if err != nil {
 			return
 		}
-		types := map[string]string{"EdDSA": "ed25519.PublicKey", "ES256": "*ecdsa.PublicKey", "ES512": "*ecdsa.PublicKey", "RS256": "*rsa.PublicKey", "PS256": "*rsa.PublicKey"}
+		types := map[string]string{"EdDSA": "ed25519.PublicKey", "ES256": "*ecdsa.PublicKey", "ES512": "*ecdsa.PublicKey",
+			"RS256": "*rsa.PublicKey", "PS256": "*rsa.PublicKey"}
 		for _, alg := range key.algorithms {
 			if types[alg] != fmt.Sprintf("%T", key.public) || key.kid == "" {
 				t.Errorf("%s: %s with a %T", text, alg, key.public)

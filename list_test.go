@@ -60,13 +60,19 @@ func TestAListTakesWhatItsParametersAllow(t *testing.T) {
 	s.create(t, "bob", "b")
 	all := "123456789"
 	for query, want := range map[string]string{
-		"": all, "?": all, "?&&": all, "?unknown=1&%zz=%zz&LIMIT=x&limits=0": all, "?search=": all, "?search": all, "?sort_by=id&order=asc": all, "?order=desc": "987654321",
-		"?is_completed=true": "13579", "?is_completed=1": "13579", "?is_completed=false": "2468", "?is_completed=0": "2468", "?is_completed=x&is_completed=%30": "2468", "?i%73_completed=1": "13579",
-		"?search=NEEDLE": "258", "?search=SURE": "4", "?search=100": "2458", "?search=100%25": "4", "?search=%25": "4", "?search=_": "5", "?search=%5C": "6", "?search=%5Cs": "6", "?search=%27": "7",
-		"?search=;": "79", "?search=s;+d": "7", "?search=s%3B%20D": "7", "?search=%2B%26+%3D;": "9", "?search=nowhere": "", "?search=%zz&search=plain": "8", "?search=a%00&search=plain": "8", "?search=&is_completed=1": "13579",
+		"": all, "?": all, "?&&": all, "?unknown=1&%zz=%zz&LIMIT=x&limits=0": all, "?search=": all, "?search": all,
+		"?sort_by=id&order=asc": all, "?order=desc": "987654321",
+		"?is_completed=true": "13579", "?is_completed=1": "13579", "?is_completed=false": "2468", "?is_completed=0": "2468",
+		"?is_completed=x&is_completed=%30": "2468", "?i%73_completed=1": "13579",
+		"?search=NEEDLE": "258", "?search=SURE": "4", "?search=100": "2458", "?search=100%25": "4", "?search=%25": "4", "?search=_": "5",
+		"?search=%5C": "6", "?search=%5Cs": "6", "?search=%27": "7",
+		"?search=;": "79", "?search=s;+d": "7", "?search=s%3B%20D": "7", "?search=%2B%26+%3D;": "9", "?search=nowhere": "",
+		"?search=%zz&search=plain": "8", "?search=a%00&search=plain": "8", "?search=&is_completed=1": "13579",
 		"?search=100&is_completed=1&order=desc": "5", "?search=b": "1356", "?search=%F0%9F%98%80": "",
-		"?sort_by=created_at": all, "?sort_by=created_at&order=desc": "987654321", "?sort_by=updated_at": "978563412", "?sort_by=updated_at&order=desc": "214365879",
-		"?sort_by=title": "947251368", "?sort_by=title&order=desc": "863152749", "?sort_by=title&order=desc&limit=3": "863", "?limit=1": "1", "?limit=1000": all, "?limit=09": all, "?limit=x&limit=%32": "12", "?order=x&order=desc&limit=2": "98",
+		"?sort_by=created_at": all, "?sort_by=created_at&order=desc": "987654321", "?sort_by=updated_at": "978563412",
+		"?sort_by=updated_at&order=desc": "214365879",
+		"?sort_by=title":                 "947251368", "?sort_by=title&order=desc": "863152749", "?sort_by=title&order=desc&limit=3": "863",
+		"?limit=1": "1", "?limit=1000": all, "?limit=09": all, "?limit=x&limit=%32": "12", "?order=x&order=desc&limit=2": "98",
 	} {
 		got := ""
 		for _, task := range s.as(t, "ann", "GET", "/api/ann/tasks"+query, "").tasks(t) {
@@ -97,7 +103,8 @@ func TestABadParameterOfAListIsNamed(t *testing.T) {
 		return in(name, "value_error", "Value error, the value is not percent-encoded UTF-8", input, `"error":{}`)
 	}
 	cursor := func(input string) string {
-		return in("cursor", "value_error", "Value error, the cursor is damaged or belongs to another list: start again without it", input, `"error":{}`)
+		return in("cursor", "value_error", "Value error, the cursor is damaged or belongs to another list: start again without it", input,
+			`"error":{}`)
 	}
 	small := func(input string) string {
 		return in("limit", "greater_than_equal", "Input should be greater than or equal to 1", input, `"ge":1`)
@@ -110,16 +117,25 @@ func TestABadParameterOfAListIsNamed(t *testing.T) {
 	long := strings.Repeat("😀", 201)
 	tooLong := in("search", "string_too_long", "String should have at most 200 characters", long, `"max_length":200`)
 	for query, want := range map[string]string{
-		"is_completed=": boolean(""), "is_completed": boolean(""), "is_completed=True": boolean("True"), "is_completed=yes": boolean("yes"), "is_completed=+1": boolean(" 1"), "is_completed=1&is_completed=2": boolean("2"),
+		"is_completed=": boolean(""), "is_completed": boolean(""), "is_completed=True": boolean("True"), "is_completed=yes": boolean("yes"),
+		"is_completed=+1": boolean(" 1"), "is_completed=1&is_completed=2": boolean("2"),
 		"is_completed=null": boolean("null"), "is_completed=1;x": boolean("1;x"), "is_completed=%31%": encoding("is_completed", "%31%"),
-		"search=" + long: tooLong, "search=" + url.QueryEscape(long): tooLong, "search=a%00": in("search", "value_error", "Value error, text must not contain U+0000 or lone surrogates", "a\x00", `"error":{}`),
-		"search=%zz": encoding("search", "%zz"), "search=100%": encoding("search", "100%"), "search=%FF": encoding("search", "%FF"), "search=%ED%A0%80": encoding("search", "%ED%A0%80"), "search=x&search=%C3": encoding("search", "%C3"),
-		"sort_by=": literal("sort_by", columns, ""), "sort_by=ID": literal("sort_by", columns, "ID"), "sort_by=description": literal("sort_by", columns, "description"), "sort_by=id;--": literal("sort_by", columns, "id;--"),
-		"order=": literal("order", orders, ""), "order=DESC": literal("order", orders, "DESC"), "order=%22": literal("order", orders, `"`), "order=%": encoding("order", "%"),
-		"limit=": limit(""), "limit=x": limit("x"), "limit=1.5": limit("1.5"), "limit=0x1": limit("0x1"), "limit=1e2": limit("1e2"), "limit=%D9%A1": limit("١"), "limit=5&limit=": limit(""), "limit=%1": encoding("limit", "%1"),
-		"limit=0": small("0"), "limit=-1": small("-1"), "limit=-99999999999999999999": small("-99999999999999999999"), "limit=1001": large("1001"), "limit=99999999999999999999": large("99999999999999999999"),
-		"cursor=": cursor(""), "cursor": cursor(""), "cursor=x": cursor("x"), "cursor=AAAAAAAAAAAAAAAAAAAAAAAA": cursor("AAAAAAAAAAAAAAAAAAAAAAAA"), "cursor=%%": encoding("cursor", "%%"),
-		"cursor=x&limit=0&order=up&sort_by=x&search=%80&is_completed=2": boolean("2") + "," + encoding("search", "%80") + "," + literal("sort_by", columns, "x") + "," + literal("order", orders, "up") + "," + small("0") + "," + cursor("x"),
+		"search=" + long: tooLong, "search=" + url.QueryEscape(long): tooLong,
+		"search=a%00": in("search", "value_error", "Value error, text must not contain U+0000 or lone surrogates", "a\x00", `"error":{}`),
+		"search=%zz":  encoding("search", "%zz"), "search=100%": encoding("search", "100%"), "search=%FF": encoding("search", "%FF"),
+		"search=%ED%A0%80": encoding("search", "%ED%A0%80"), "search=x&search=%C3": encoding("search", "%C3"),
+		"sort_by=": literal("sort_by", columns, ""), "sort_by=ID": literal("sort_by", columns, "ID"),
+		"sort_by=description": literal("sort_by", columns, "description"), "sort_by=id;--": literal("sort_by", columns, "id;--"),
+		"order=": literal("order", orders, ""), "order=DESC": literal("order", orders, "DESC"), "order=%22": literal("order", orders, `"`),
+		"order=%": encoding("order", "%"),
+		"limit=":  limit(""), "limit=x": limit("x"), "limit=1.5": limit("1.5"), "limit=0x1": limit("0x1"), "limit=1e2": limit("1e2"),
+		"limit=%D9%A1": limit("١"), "limit=5&limit=": limit(""), "limit=%1": encoding("limit", "%1"),
+		"limit=0": small("0"), "limit=-1": small("-1"), "limit=-99999999999999999999": small("-99999999999999999999"),
+		"limit=1001": large("1001"), "limit=99999999999999999999": large("99999999999999999999"),
+		"cursor=": cursor(""), "cursor": cursor(""), "cursor=x": cursor("x"),
+		"cursor=AAAAAAAAAAAAAAAAAAAAAAAA": cursor("AAAAAAAAAAAAAAAAAAAAAAAA"), "cursor=%%": encoding("cursor", "%%"),
+		"cursor=x&limit=0&order=up&sort_by=x&search=%80&is_completed=2": boolean("2") + "," + encoding("search", "%80") + "," +
+			literal("sort_by", columns, "x") + "," + literal("order", orders, "up") + "," + small("0") + "," + cursor("x"),
 		"limit=0&cursor=x": small("0") + "," + cursor("x"),
 	} {
 		s.as(t, "ann", "GET", "/api/ann/tasks?"+query, "").is(t, 422, problems(want))
@@ -132,8 +148,10 @@ func TestALinkKeepsTheListAndLeadsToItsRest(t *testing.T) {
 	s := newService(t)
 	s.fill(t, 40, 3)
 	s.exec(t, `UPDATE tasks SET title = '+&=;#"<é>\%' || title`)
-	for query, n := range map[string]int{"limit=13": 40, "limit=13&order=desc&sort_by=title": 40, "sort_by=updated_at&limit=7&is_completed=false": 27, "search=%2B%26%3D;%23%22<%C3%A9>%5C%25&limit=5": 40,
-		`search="<é&&order=desc&limit=5&x=%zz&y=a%20b&z`: 40, "search=;%23&limit=4&order=x&order=desc": 40, "limit=x&limit=40": 40, "limit=39": 40, "is_completed=1&search=%C3%A9&limit=1": 13} {
+	for query, n := range map[string]int{"limit=13": 40, "limit=13&order=desc&sort_by=title": 40,
+		"sort_by=updated_at&limit=7&is_completed=false": 27, "search=%2B%26%3D;%23%22<%C3%A9>%5C%25&limit=5": 40,
+		`search="<é&&order=desc&limit=5&x=%zz&y=a%20b&z`: 40, "search=;%23&limit=4&order=x&order=desc": 40, "limit=x&limit=40": 40,
+		"limit=39": 40, "is_completed=1&search=%C3%A9&limit=1": 13} {
 		query = strings.ReplaceAll(query, " ", "%20")
 		whole := s.as(t, "ann", "GET", "/api/ann/tasks?"+regexp.MustCompile(`limit=\w+`).ReplaceAllString(query, ""), "").tasks(t)
 		var walked []taskJSON
@@ -169,20 +187,25 @@ func TestACursorIsForItsListOnly(t *testing.T) {
 	link := s.as(t, "ann", "GET", path, "").next(t)
 	_, cursor, _ := strings.Cut(link, "cursor=")
 	want := s.as(t, "ann", "GET", link, "")
-	for _, same := range []string{"is_completed=0&limit=2&sort_by=title&order=desc&search=%78", "cursor=x&order=asc&order=desc&sort_by=title&is_completed=false&search=x&limit=2&new=1"} {
+	for _, same := range []string{"is_completed=0&limit=2&sort_by=title&order=desc&search=%78",
+		"cursor=x&order=asc&order=desc&sort_by=title&is_completed=false&search=x&limit=2&new=1"} {
 		s.as(t, "ann", "GET", "/api/ann/tasks?"+same+"&cursor="+cursor, "").is(t, 200, want.body)
 	}
-	others := []string{"sort_by=title&order=desc&search=x", "is_completed=true&sort_by=title&order=desc&search=x", "is_completed=false&sort_by=id&order=desc&search=x", "is_completed=false&order=desc&search=x",
-		"is_completed=false&sort_by=created_at&order=desc&search=x", "is_completed=false&sort_by=title&search=x", "is_completed=false&sort_by=title&order=desc&search=X", "is_completed=false&sort_by=title&order=desc", ""}
+	others := []string{"sort_by=title&order=desc&search=x", "is_completed=true&sort_by=title&order=desc&search=x",
+		"is_completed=false&sort_by=id&order=desc&search=x", "is_completed=false&order=desc&search=x",
+		"is_completed=false&sort_by=created_at&order=desc&search=x", "is_completed=false&sort_by=title&search=x",
+		"is_completed=false&sort_by=title&order=desc&search=X", "is_completed=false&sort_by=title&order=desc", ""}
 	for i := range others {
 		others[i] += "&limit=2&cursor=" + cursor
 	}
 	for i := range cursor {
-		others = append(others, strings.TrimPrefix(path, "/api/ann/tasks?")+"&cursor="+cursor[:i], strings.TrimPrefix(path, "/api/ann/tasks?")+"&cursor="+cursor[:i]+string(cursor[i]^1)+cursor[i+1:])
+		others = append(others, strings.TrimPrefix(path, "/api/ann/tasks?")+"&cursor="+cursor[:i],
+			strings.TrimPrefix(path, "/api/ann/tasks?")+"&cursor="+cursor[:i]+string(cursor[i]^1)+cursor[i+1:])
 	}
 	others = append(others, strings.Split(link, "?")[1]+"A", strings.Split(link, "?")[1]+"=", strings.Split(link, "?")[1]+"%0A")
 	for _, query := range others {
-		if got := s.as(t, "ann", "GET", "/api/ann/tasks?"+query, ""); got.status != 422 || !strings.Contains(got.body, `"loc":["query","cursor"]`) || strings.Count(got.body, `"loc"`) != 1 {
+		if got := s.as(t, "ann", "GET", "/api/ann/tasks?"+query, ""); got.status != 422 ||
+			!strings.Contains(got.body, `"loc":["query","cursor"]`) || strings.Count(got.body, `"loc"`) != 1 {
 			t.Errorf("%s: got %d %s", query, got.status, got.body)
 		}
 	}
@@ -213,7 +236,8 @@ func TestAWalkSeesEveryTaskThatWasThereThroughoutOnce(t *testing.T) {
 			}
 		})
 	}
-	for _, query := range []string{"id", "created_at", "updated_at", "title", "id&order=desc", "created_at&order=desc", "updated_at&order=desc", "title&order=desc"} {
+	for _, query := range []string{"id", "created_at", "updated_at", "title", "id&order=desc", "created_at&order=desc",
+		"updated_at&order=desc", "title&order=desc"} {
 		walkers.Go(func() {
 			seen := map[int64]int{}
 			for _, page := range s.pages(t, "ann", "/api/ann/tasks?limit=7&sort_by="+query) {
@@ -237,21 +261,24 @@ func TestALongListIsWholeInOrderAndTheSameOnPages(t *testing.T) {
 	t.Parallel()
 	s := newService(t)
 	s.fill(t, 20*chunkTasks, 0) // whole chunks
-	for _, query := range []string{"sort_by=id", "order=desc", "sort_by=created_at&order=desc", "sort_by=title", "sort_by=updated_at&order=desc&is_completed=false"} {
+	for _, query := range []string{"sort_by=id", "order=desc", "sort_by=created_at&order=desc", "sort_by=title",
+		"sort_by=updated_at&order=desc&is_completed=false"} {
 		whole := s.as(t, "ann", "GET", "/api/ann/tasks?"+query, "")
 		tasks := whole.tasks(t)
 		var pages []string
 		for _, page := range s.pages(t, "ann", "/api/ann/tasks?limit=1000&"+query) {
 			pages = append(pages, strings.Trim(page.body, "[]"))
 		}
-		if want := map[bool]int{true: 13654, false: 20480}[strings.Contains(query, "false")]; len(tasks) != want || len(pages) != (want+999)/1000 || whole.body != "["+strings.Join(pages, ",")+"]" {
+		if want := map[bool]int{true: 13654, false: 20480}[strings.Contains(query, "false")]; len(tasks) != want ||
+			len(pages) != (want+999)/1000 || whole.body != "["+strings.Join(pages, ",")+"]" {
 			t.Errorf("%s: %d tasks, %d pages, or they differ", query, len(tasks), len(pages))
 		}
 		if strings.Contains(query, "desc") {
 			slices.Reverse(tasks)
 		}
 		if !slices.IsSortedFunc(tasks, func(a, b taskJSON) int {
-			keys := map[byte][2]string{'c': {a.CreatedAt, b.CreatedAt}, 't': {a.Title, b.Title}, 'u': {a.UpdatedAt, b.UpdatedAt}}[strings.TrimPrefix(query, "sort_by=")[0]]
+			keys := map[byte][2]string{'c': {a.CreatedAt, b.CreatedAt}, 't': {a.Title, b.Title},
+				'u': {a.UpdatedAt, b.UpdatedAt}}[strings.TrimPrefix(query, "sort_by=")[0]]
 			return cmp.Or(cmp.Compare(keys[0], keys[1]), cmp.Compare(a.ID, b.ID))
 		}) {
 			t.Errorf("%s: not in order", query)
@@ -274,7 +301,8 @@ func TestAListOfLargeTasksIsWhole(t *testing.T) {
 			for _, task := range page.tasks(t) {
 				if n++; task.Title == "small" {
 					small++
-				} else if strings.Trim(*task.Description, "x") != "" || len(*task.Description) != 200_000 && len(*task.Description) != 1_040_000 {
+				} else if strings.Trim(*task.Description, "x") != "" || len(*task.Description) != 200_000 &&
+					len(*task.Description) != 1_040_000 {
 					t.Errorf("%s: task %d has %d bytes", query, task.ID, len(*task.Description))
 				}
 			}
@@ -346,7 +374,9 @@ func TestEveryListIsReadFromAnIndexOfTheUser(t *testing.T) {
 	s.exec(t, `VACUUM ANALYZE tasks`)
 	yes := true
 	for _, sort := range []string{"id", "created_at", "updated_at", "title"} {
-		for _, q := range []listQuery{{}, {descending: true}, {isCompleted: &yes}, {search: "x"}, {after: &keyset{"2026-01-01T00:00:00.000000Z", 100_000}}, {after: &keyset{"2026-01-01T00:00:00.000000Z", 100_000}, descending: true}} {
+		for _, q := range []listQuery{{}, {descending: true}, {isCompleted: &yes}, {search: "x"},
+			{after: &keyset{"2026-01-01T00:00:00.000000Z", 100_000}},
+			{after: &keyset{"2026-01-01T00:00:00.000000Z", 100_000}, descending: true}} {
 			q.sortBy = sort
 			statement, args := q.statement("user 7", 21)
 			rows, err := s.tasks().db.Query("EXPLAIN "+statement, args...)
@@ -363,7 +393,9 @@ func TestEveryListIsReadFromAnIndexOfTheUser(t *testing.T) {
 			}
 			sorted := sort == "updated_at" || sort == "title" || q.search != "" ||
 				q.isCompleted != nil && os.Getenv("TASKFLOW_TEST_TABLE") != "" // in a small partition that is cheaper
-			if rows.Err() != nil || !regexp.MustCompile(`Index Cond: \(+user_id = 'user 7'`).MatchString(plan) || strings.Contains(plan, "Seq Scan") || !sorted && (strings.Contains(plan, "Sort") || q.after != nil && !regexp.MustCompile(`Index Cond: .*100000`).MatchString(plan)) {
+			if rows.Err() != nil || !regexp.MustCompile(`Index Cond: \(+user_id = 'user 7'`).MatchString(plan) ||
+				strings.Contains(plan, "Seq Scan") || !sorted &&
+				(strings.Contains(plan, "Sort") || q.after != nil && !regexp.MustCompile(`Index Cond: .*100000`).MatchString(plan)) {
 				t.Errorf("%s\n%s", statement, plan)
 			}
 		}
@@ -392,19 +424,22 @@ func FuzzCursor(f *testing.F) {
 }
 
 func FuzzParameters(f *testing.F) {
-	for _, seed := range []string{"", "limit=5&search=a+b&order=desc", "%6cimit=%", "search=%ff&search=x;y", "is_completed=1&sort_by=title&cursor=x", "&&=&limit&limit==", "search=%00", "limit=-0"} {
+	for _, seed := range []string{"", "limit=5&search=a+b&order=desc", "%6cimit=%", "search=%ff&search=x;y",
+		"is_completed=1&sort_by=title&cursor=x", "&&=&limit&limit==", "search=%00", "limit=-0"} {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, query string) {
 		want, err := url.ParseQuery(strings.ReplaceAll(query, ";", "%3B"))
 		for name, values := range want {
-			if got, broken := url.QueryUnescape(parameters(query)[name]); err == nil && name != "" && (broken != nil || got != values[len(values)-1]) {
+			if got, broken := url.QueryUnescape(parameters(query)[name]); err == nil && name != "" &&
+				(broken != nil || got != values[len(values)-1]) {
 				t.Errorf("%q: %q is %q, not %q", query, name, got, values)
 			}
 		}
 		var v validation
 		q := v.listQuery(&http.Request{URL: &url.URL{RawQuery: query}}, "ann")
-		if v == nil && (q.limit < 0 || q.limit > 1000 || utf8.RuneCountInString(q.search) > 200 || strings.ContainsRune(q.search, 0) || !utf8.ValidString(q.search) || !regexp.MustCompile(`^(id|title|(cre|upd)ated_at)$`).MatchString(q.sortBy)) {
+		if v == nil && (q.limit < 0 || q.limit > 1000 || utf8.RuneCountInString(q.search) > 200 || strings.ContainsRune(q.search, 0) ||
+			!utf8.ValidString(q.search) || !regexp.MustCompile(`^(id|title|(cre|upd)ated_at)$`).MatchString(q.sortBy)) {
 			t.Errorf("%q became %+v", query, q)
 		}
 		for _, fault := range v {

@@ -63,7 +63,8 @@ func start(t testing.TB, folder string, env []string, args ...string) *process {
 			_ = listener.Close()
 		}
 	}
-	p := &process{Cmd: exec.Command(taskflow(), args...), url: "http://127.0.0.1:" + port, more: make(chan struct{}), exited: make(chan struct{})}
+	p := &process{Cmd: exec.Command(taskflow(), args...), url: "http://127.0.0.1:" + port, more: make(chan struct{}),
+		exited: make(chan struct{})}
 	p.Dir, p.Stdout, p.Stderr = folder, p, p
 	p.Env = append([]string{"PATH=" + os.Getenv("PATH"), "HOME=" + folder, "PORT=" + port}, env...)
 	if err := p.Start(); err != nil {
@@ -231,14 +232,19 @@ func TestWhatCannotWorkEndsTheStartAndSaysWhy(t *testing.T) {
 		status int
 		lines  []string // the beginning of each line of the output
 	}{
-		{"nothing in production", []string{"ENVIRONMENT=prod"}, nil, 2, []string{"taskflow: DATABASE_URL ", "taskflow: BETTER_AUTH_SECRET "}},
-		{"all wrong", []string{"DATABASE_URL=mysql://u:hidden@h/d", "BETTER_AUTH_SECRET=hidden", "BETTER_AUTH_JWKS_URL=http://example.com/jwks", "CORS_ORIGINS=*", "PORT=0", "DB_POOL_SIZE=-1"},
-			nil, 2, []string{"taskflow: DATABASE_URL ", "taskflow: BETTER_AUTH_SECRET ", "taskflow: BETTER_AUTH_JWKS_URL ", "taskflow: CORS_ORIGINS ", "taskflow: PORT ", "taskflow: DB_POOL_SIZE "}},
+		{"nothing in production", []string{"ENVIRONMENT=prod"}, nil, 2,
+			[]string{"taskflow: DATABASE_URL ", "taskflow: BETTER_AUTH_SECRET "}},
+		{"all wrong", []string{"DATABASE_URL=mysql://u:hidden@h/d", "BETTER_AUTH_SECRET=hidden",
+			"BETTER_AUTH_JWKS_URL=http://example.com/jwks", "CORS_ORIGINS=*", "PORT=0", "DB_POOL_SIZE=-1"},
+			nil, 2, []string{"taskflow: DATABASE_URL ", "taskflow: BETTER_AUTH_SECRET ", "taskflow: BETTER_AUTH_JWKS_URL ",
+				"taskflow: CORS_ORIGINS ", "taskflow: PORT ", "taskflow: DB_POOL_SIZE "}},
 		{"no such command", nil, []string{"serve"}, 2, []string{"taskflow: cannot make sense of the command line; usage: taskflow"}},
 		{"a token in production", productionOn(clusterConfig("none")), []string{"token", "ann"}, 2, []string{"taskflow: ENVIRONMENT "}},
 		{"an expired token", nil, []string{"token", "-ttl", "-1s", "ann"}, 2, []string{"taskflow: "}},
-		{"port taken", append(productionOn(clusterConfig("postgres")), "PORT="+port), nil, 1, []string{"taskflow: listen tcp 127.0.0.1:" + port + ": bind: address already in use"}},
-		{"no such database", productionOn(clusterConfig("none")), nil, 1, []string{`{`, `taskflow: database: pq: database "none" does not exist (3D000)`}},
+		{"port taken", append(productionOn(clusterConfig("postgres")), "PORT="+port), nil, 1,
+			[]string{"taskflow: listen tcp 127.0.0.1:" + port + ": bind: address already in use"}},
+		{"no such database", productionOn(clusterConfig("none")), nil, 1,
+			[]string{`{`, `taskflow: database: pq: database "none" does not exist (3D000)`}},
 		{"healthcheck of nobody", nil, []string{"healthcheck"}, 1, []string{"taskflow: healthcheck: "}},
 	}
 	for _, test := range tests {
@@ -328,7 +334,8 @@ func TestStrangersCannotTakeMuch(t *testing.T) {
 	}
 	p.as(t, testSecret, "GET", "/api/demo/tasks?limit=1", "").tasks(t)
 	for size, want := range map[int]string{60 << 10: "HTTP/1.1 200 OK", 70 << 10: "HTTP/1.1 431"} {
-		if line, err := raw("GET /health HTTP/1.1\r\nHost: x\r\nX-Long: " + strings.Repeat("x", size) + "\r\n\r\n").ReadString('\n'); !strings.HasPrefix(line, want) {
+		if line, err := raw("GET /health HTTP/1.1\r\nHost: x\r\nX-Long: " + strings.Repeat("x", size) +
+			"\r\n\r\n").ReadString('\n'); !strings.HasPrefix(line, want) {
 			t.Errorf("%d bytes: %s %v", size, line, err)
 		}
 	}
@@ -369,7 +376,8 @@ func TestAReaderThatTakesNothingIsCutOffAndASlowOneIsNot(t *testing.T) {
 
 func TestTheLineToPasteHasAHostThatCanBeAsked(t *testing.T) {
 	t.Parallel()
-	for address, want := range map[string]string{"0.0.0.0": "http://localhost:8000/", "::": "http://localhost:8000/", "::1": "http://[::1]:8000/"} {
+	for address, want := range map[string]string{"0.0.0.0": "http://localhost:8000/", "::": "http://localhost:8000/",
+		"::1": "http://[::1]:8000/"} {
 		if line := pasteLine(bySecret(), &net.TCPAddr{IP: net.ParseIP(address), Port: 8000}); !strings.Contains(line, want) {
 			t.Errorf("%s: %s", address, line)
 		}

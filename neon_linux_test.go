@@ -26,8 +26,9 @@ func TestNeonsStringWorksPastedUnchanged(t *testing.T) {
 	address := fmt.Sprintf("127.%d.%d.2", 1+os.Getpid()>>8&0x7f, os.Getpid()&0xff) // not that of another run
 	other := strings.TrimSuffix(address, "2") + "3"
 	private := must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), IPAddresses: []net.IP{net.ParseIP(address)}, NotAfter: time.Now().Add(time.Hour),
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), IPAddresses: []net.IP{net.ParseIP(address)},
+		NotAfter: time.Now().Add(time.Hour),
+		IsCA:     true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign}
 	certificate := must(x509.CreateCertificate(rand.Reader, template, template, private.Public(), private))
 	file := func(name string, text []byte) string {
 		path := filepath.Join(folder.path, name)
@@ -61,7 +62,9 @@ func TestNeonsStringWorksPastedUnchanged(t *testing.T) {
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
-			p := start(t, t.TempDir(), []string{"ENVIRONMENT=production", secretVariable, "SSL_CERT_FILE=" + test.authority, "DATABASE_URL=postgresql://" + test.url})
+			p := start(t, t.TempDir(),
+				[]string{"ENVIRONMENT=production", secretVariable, "SSL_CERT_FILE=" + test.authority,
+					"DATABASE_URL=postgresql://" + test.url})
 			if test.fault != "" {
 				p.exits(t, 1, test.fault)
 			} else {

@@ -434,9 +434,11 @@ func TestEveryRouteJudgesTheTokenThenTheOwner(t *testing.T) {
 	mine := s.create(t, "ann", "mine")
 	expired, _ := s.auth.developmentToken("ann", -time.Second)
 	own := fmt.Sprintf("/api/ann/tasks/%d", mine.ID)
-	for _, request := range []string{"GET /api/ann/tasks", "HEAD /api/ann/tasks", "POST /api/ann/tasks", "GET " + own, "HEAD " + own, "PATCH " + own, "DELETE " + own} {
+	for _, request := range []string{"GET /api/ann/tasks", "HEAD /api/ann/tasks", "POST /api/ann/tasks", "GET " + own, "HEAD " + own,
+		"PATCH " + own, "DELETE " + own} {
 		method, path, _ := strings.Cut(request, " ")
-		for authorization, detail := range map[string]string{"": "Invalid authorization header", "Basic YW5uOnB3": "Invalid authorization header", "Bearer x.y.z": "Invalid token",
+		for authorization, detail := range map[string]string{"": "Invalid authorization header",
+			"Basic YW5uOnB3": "Invalid authorization header", "Bearer x.y.z": "Invalid token",
 			"Bearer " + expired: "Token expired", "Bearer " + tokenFor(t, "bob"): "Forbidden"} {
 			status, challenge, headers := 401, "Bearer", []string{"Authorization", authorization}
 			if detail == "Forbidden" {
@@ -458,9 +460,12 @@ func TestEveryRouteJudgesTheTokenThenTheOwner(t *testing.T) {
 func TestUnknownPathsAre404WhateverTheMethodAndToken(t *testing.T) {
 	t.Parallel()
 	s := newServiceOn(t, &authenticator{})
-	for _, path := range []string{"/", "/api", "/api/", "/api/ann", "/api/ann/", "/api/ann/tasks/", "/api//tasks", "/api/ann//tasks", "/api/ann/tasks//",
-		"/api/ann/tasks/1/", "/api/ann/tasks/1/x", "/API/ann/tasks", "/api/ann/Tasks", "/health/", "/health/x", "/./health", "/api/../health", "/api/x/../ann/tasks",
-		"/api%2Fann/tasks", "/api/ann%2Ftasks", "/api/ann/tasks%2F1", "/api/ann/tasks/1%2F/", "/healthz", "/ready%00", "/favicon.ico", "/tasks", "/api/ann/tasks;x"} {
+	for _, path := range []string{"/", "/api", "/api/", "/api/ann", "/api/ann/", "/api/ann/tasks/", "/api//tasks", "/api/ann//tasks",
+		"/api/ann/tasks//",
+		"/api/ann/tasks/1/", "/api/ann/tasks/1/x", "/API/ann/tasks", "/api/ann/Tasks", "/health/", "/health/x", "/./health",
+		"/api/../health", "/api/x/../ann/tasks",
+		"/api%2Fann/tasks", "/api/ann%2Ftasks", "/api/ann/tasks%2F1", "/api/ann/tasks/1%2F/", "/healthz", "/ready%00", "/favicon.ico",
+		"/tasks", "/api/ann/tasks;x"} {
 		for _, method := range []string{"GET", "POST", "DELETE", "OPTIONS", "BREW"} {
 			s.as(t, "", method, path, `{"title":`, "Content-Type", "text/plain").is(t, 404, `{"detail":"Not Found"}`)
 		}
@@ -470,8 +475,10 @@ func TestUnknownPathsAre404WhateverTheMethodAndToken(t *testing.T) {
 func TestOtherMethodsOfAPathAre405WithAllow(t *testing.T) {
 	t.Parallel()
 	s := newServiceOn(t, &authenticator{})
-	for path, allow := range map[string]string{"/health": "GET, HEAD", "/ready": "GET, HEAD", "/openapi.json": "GET, HEAD", "/docs": "GET, HEAD",
-		"/api/ann/tasks": "GET, HEAD, POST", "/api/ann/tasks/1": "GET, HEAD, PATCH, DELETE", "/api/a%2Fb/tasks/x%2Fy": "GET, HEAD, PATCH, DELETE"} {
+	for path, allow := range map[string]string{"/health": "GET, HEAD", "/ready": "GET, HEAD", "/openapi.json": "GET, HEAD",
+		"/docs":          "GET, HEAD",
+		"/api/ann/tasks": "GET, HEAD, POST", "/api/ann/tasks/1": "GET, HEAD, PATCH, DELETE",
+		"/api/a%2Fb/tasks/x%2Fy": "GET, HEAD, PATCH, DELETE"} {
 		for _, method := range []string{"POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "BREW", "get", "PROPFIND"} {
 			if slices.Contains(strings.Split(allow, ", "), method) {
 				continue
@@ -500,7 +507,8 @@ func TestRequestsThatNoClientLibraryWouldSend(t *testing.T) {
 		{"GET //api/ann/tasks HTTP/1.1" + token, 404, nowhere},
 		{"GET http://elsewhere.example HTTP/1.1" + host, 404, nowhere},
 		{"OPTIONS * HTTP/1.1" + host, 404, nowhere},
-		{"POST /api/ann/tasks HTTP/1.1" + token + "\r\nExpect: 100-continue\r\nContent-Length: 1048577", 413, `{"detail":"Request body too large"}`},
+		{"POST /api/ann/tasks HTTP/1.1" + token + "\r\nExpect: 100-continue\r\nContent-Length: 1048577", 413,
+			`{"detail":"Request body too large"}`},
 		{"POST /api/bob/tasks HTTP/1.1" + token + "\r\nExpect: 100-continue\r\nContent-Length: 10", 403, `{"detail":"Forbidden"}`},
 	} {
 		response := s.raw(t, test.head)
@@ -535,7 +543,8 @@ func TestTheUserInThePathIsPercentDecodedOnce(t *testing.T) {
 			got := s.as(t, test.user, "POST", path, `{"title":"x"}`)
 			task := got.task(t)
 			s.as(t, test.user, "GET", got.header.Get("Location"), "").is(t, 200, mustJSON(t, task))
-			if want := fmt.Sprintf("/api/%s/tasks/%d", url.PathEscape(test.user), task.ID); task.UserID != test.user || got.header.Get("Location") != want {
+			if want := fmt.Sprintf("/api/%s/tasks/%d", url.PathEscape(test.user), task.ID); task.UserID != test.user ||
+				got.header.Get("Location") != want {
 				t.Errorf("%s: got user %q at %s", path, task.UserID, got.header.Get("Location"))
 			}
 			s.create(t, test.user, "y")
@@ -555,8 +564,10 @@ func TestHEADAnswersAsGETDoesWithoutABody(t *testing.T) {
 	task := s.create(t, "ann", "x")
 	s.create(t, "ann", "y")
 	own := fmt.Sprintf("/api/ann/tasks/%d", task.ID)
-	for _, test := range [][]string{{"/health"}, {"/ready"}, {"/docs"}, {"/openapi.json"}, {"/api/ann/tasks"}, {"/api/ann/tasks?limit=1"}, {own},
-		{own, "If-None-Match", "*"}, {"/api/ann/tasks/0"}, {"/api/ann/tasks/x"}, {"/api/ann/tasks?limit=x"}, {"/api/bob/tasks"}, {"/nowhere"}, {own, "Authorization", "twice"}} {
+	for _, test := range [][]string{{"/health"}, {"/ready"}, {"/docs"}, {"/openapi.json"}, {"/api/ann/tasks"}, {"/api/ann/tasks?limit=1"},
+		{own},
+		{own, "If-None-Match", "*"}, {"/api/ann/tasks/0"}, {"/api/ann/tasks/x"}, {"/api/ann/tasks?limit=x"}, {"/api/bob/tasks"},
+		{"/nowhere"}, {own, "Authorization", "twice"}} {
 		headers := append([]string{"X-Request-ID", "same", "Origin", "https://app.example.com"}, test[1:]...)
 		get, head := s.as(t, "ann", "GET", test[0], "", headers...), s.as(t, "ann", "HEAD", test[0], "", headers...)
 		get.header.Del("Date")
@@ -586,7 +597,8 @@ func TestASaneRequestIDIsTakenOver(t *testing.T) {
 func TestATaskIsShownWholeEverywhere(t *testing.T) {
 	t.Parallel()
 	s := newService(t)
-	got := s.as(t, "ann", "POST", "/api/ann/tasks", ` {"title" : "a title", "id": 77, "user_id": "bob", "is_completed": true, "created_at": 5} `)
+	got := s.as(t, "ann", "POST", "/api/ann/tasks",
+		` {"title" : "a title", "id": 77, "user_id": "bob", "is_completed": true, "created_at": 5} `)
 	task := got.task(t)
 	own := fmt.Sprintf("/api/ann/tasks/%d", task.ID)
 	want := taskJSON{task.ID, "ann", "a title", nil, false, task.CreatedAt, task.UpdatedAt}
@@ -633,7 +645,8 @@ func TestEveryFaultOfABodyIsNamedInFieldOrder(t *testing.T) {
 		return problem("string_type", `"body","`+field+`"`, "Input should be a valid string", input)
 	}
 	unstorable := func(field, input string) string {
-		return problem("value_error", `"body","`+field+`"`, "Value error, text must not contain U+0000 or lone surrogates", input, `"error":{}`)
+		return problem("value_error", `"body","`+field+`"`, "Value error, text must not contain U+0000 or lone surrogates", input,
+			`"error":{}`)
 	}
 	boolean := func(input string) string {
 		return problem("bool_type", `"body","is_completed"`, "Input should be a valid boolean", input)
@@ -642,18 +655,26 @@ func TestEveryFaultOfABodyIsNamedInFieldOrder(t *testing.T) {
 	long := `"` + strings.Repeat("😀", 201) + `"`
 	tests := map[string]string{ // BOTH is POST and PATCH
 		`POST {}`: untitled(`{}`), `POST {"Title":"x","TITLE":"y","titl\u0065 ":"z"}`: untitled(`{"Title":"x","TITLE":"y","title ":"z"}`),
-		`POST {"is_completed":null}`: untitled(`{"is_completed":null}`), `POST {"description":5}`: untitled(`{"description":5}`) + "," + text("description", "5"),
-		`POST {"title":"","description":[],"is_completed":7}`:               short + "," + text("description", "[]"),
-		`PATCH {"title":7,"is_completed":"yes","description":{"a":1}}`:      text("title", "7") + "," + text("description", `{"a":1}`) + "," + boolean(`"yes"`),
-		`PATCH {"description":"\udfff","title":"\u0000","is_completed":{}}`: unstorable("title", `"\u0000"`) + "," + unstorable("description", `"\udfff"`) + "," + boolean("{}"),
-		`PATCH {"is_completed":true,"is_completed":null}`:                   boolean("null"),
-		"BOTH ": missing, "BOTH null": missing, "BOTH  null\n": missing, "BOTH []": object("[]"), `BOTH [{"title":"x"}]`: object(`[{"title":"x"}]`), `BOTH "title"`: object(`"title"`),
-		"BOTH  7 ": object("7"), "BOTH false": object("false"), `BOTH {"title":null}`: text("title", "null"), `BOTH {"title":["x"]}`: text("title", `["x"]`), `BOTH {"title":true}`: text("title", "true"),
-		`BOTH {"title":1e400}`: text("title", "1e400"), `BOTH {"title":"x","title":"y","title":7}`: text("title", "7"), `BOTH {"title":""}`: short, `BOTH {"title":"x","description":false}`: text("description", "false"),
-		`BOTH {"title":` + long + `}`:         problem("string_too_long", `"body","title"`, "String should have at most 200 characters", long, `"max_length":200`),
-		`BOTH {"title":"\ud83d\u0041"}`:       unstorable("title", `"\ud83d\u0041"`),
-		`BOTH {"title":"\ude00\ud83d"}`:       unstorable("title", `"\ude00\ud83d"`),
-		`BOTH {"title":"\ud83d\ude00\udbff"}`: unstorable("title", `"\ud83d\ude00\udbff"`), `BOTH {"title":"x","description":"\u0000"}`: unstorable("description", `"\u0000"`),
+		`POST {"is_completed":null}`:                          untitled(`{"is_completed":null}`),
+		`POST {"description":5}`:                              untitled(`{"description":5}`) + "," + text("description", "5"),
+		`POST {"title":"","description":[],"is_completed":7}`: short + "," + text("description", "[]"),
+		`PATCH {"title":7,"is_completed":"yes","description":{"a":1}}`: text("title", "7") + "," + text("description", `{"a":1}`) +
+			"," + boolean(`"yes"`),
+		`PATCH {"description":"\udfff","title":"\u0000","is_completed":{}}`: unstorable("title", `"\u0000"`) + "," +
+			unstorable("description", `"\udfff"`) + "," + boolean("{}"),
+		`PATCH {"is_completed":true,"is_completed":null}`: boolean("null"),
+		"BOTH ": missing, "BOTH null": missing, "BOTH  null\n": missing, "BOTH []": object("[]"),
+		`BOTH [{"title":"x"}]`: object(`[{"title":"x"}]`), `BOTH "title"`: object(`"title"`),
+		"BOTH  7 ": object("7"), "BOTH false": object("false"), `BOTH {"title":null}`: text("title", "null"),
+		`BOTH {"title":["x"]}`: text("title", `["x"]`), `BOTH {"title":true}`: text("title", "true"),
+		`BOTH {"title":1e400}`: text("title", "1e400"), `BOTH {"title":"x","title":"y","title":7}`: text("title", "7"),
+		`BOTH {"title":""}`: short, `BOTH {"title":"x","description":false}`: text("description", "false"),
+		`BOTH {"title":` + long +
+			`}`: problem("string_too_long", `"body","title"`, "String should have at most 200 characters", long, `"max_length":200`),
+		`BOTH {"title":"\ud83d\u0041"}`:             unstorable("title", `"\ud83d\u0041"`),
+		`BOTH {"title":"\ude00\ud83d"}`:             unstorable("title", `"\ude00\ud83d"`),
+		`BOTH {"title":"\ud83d\ude00\udbff"}`:       unstorable("title", `"\ud83d\ude00\udbff"`),
+		`BOTH {"title":"x","description":"\u0000"}`: unstorable("description", `"\u0000"`),
 	}
 	for _, value := range []string{`null`, `"true"`, `1`, `0`, `1.0`, `""`, `[]`} {
 		tests[`PATCH {"is_completed":`+value+`}`] = boolean(value)
@@ -663,7 +684,8 @@ func TestEveryFaultOfABodyIsNamedInFieldOrder(t *testing.T) {
 		for method, path := range map[string]string{"POST": "/api/ann/tasks", "PATCH": fmt.Sprintf("/api/ann/tasks/%d", old.ID)} {
 			if strings.HasPrefix(request, method) || strings.HasPrefix(request, "BOTH") {
 				got := s.as(t, "ann", method, path, body).is(t, 422, problems(want))
-				if i := strings.Index(want, `\u`); i >= 0 && !strings.Contains(got.body, want[i:i+6]) { // sameJSON does not see the difference
+				if i := strings.Index(want, `\u`); i >= 0 &&
+					!strings.Contains(got.body, want[i:i+6]) { // sameJSON does not see the difference
 					t.Errorf("%s: the input is altered in %s", request, got.body)
 				}
 			}
@@ -677,8 +699,10 @@ func TestTextIsKeptAsItIs(t *testing.T) {
 	s := newService(t)
 	for input, want := range map[string]string{
 		`\ud83d\ude00 \uD83D\uDE00 😀`: "😀 😀 😀", `\"\\\/\b\f\n\r\t`: "\"\\/\b\f\n\r\t", `\u0001\u001f\u007f\u0080`: "\x01\x1f\x7f\u0080",
-		`\ufffd \ufeff \uffff \udbff\udfff`: "\ufffd \ufeff \uffff \U0010ffff", "\ufeff\u2028\u2029": "\ufeff\u2028\u2029", `\\u0000 \\ud800`: `\u0000 \ud800`,
-		"e\u0301 é": "e\u0301 é", "<b>&amp;'": "<b>&amp;'", "  spaces\u00a0 ": "  spaces\u00a0 ", `%_\\`: `%_\`, "\u202eevil": "\u202eevil", "$1 {} '); --": "$1 {} '); --",
+		`\ufffd \ufeff \uffff \udbff\udfff`: "\ufffd \ufeff \uffff \U0010ffff", "\ufeff\u2028\u2029": "\ufeff\u2028\u2029",
+		`\\u0000 \\ud800`: `\u0000 \ud800`,
+		"e\u0301 é":       "e\u0301 é", "<b>&amp;'": "<b>&amp;'", "  spaces\u00a0 ": "  spaces\u00a0 ", `%_\\`: `%_\`, "\u202eevil": "\u202eevil",
+		"$1 {} '); --":           "$1 {} '); --",
 		strings.Repeat("😀", 200): strings.Repeat("😀", 200), strings.Repeat(`\ud83d\ude00`, 200): strings.Repeat("😀", 200),
 	} {
 		body := `{"\u0074itle":"` + input + `","description":"` + input + `","x":"\ud800\u0000"}`
@@ -699,11 +723,13 @@ func TestABodyMayHaveOneMebibyte(t *testing.T) {
 		for _, request := range []string{"POST /api/ann/tasks", patch} {
 			method, path, _ := strings.Cut(request, " ")
 			body := `{"title":"x","description":"` + strings.Repeat("x", 1<<20-len(`{"title":"x","description":""}`)) + `"}`
-			if task := s.as(t, "ann", method, path, body, headers...).task(t); len(*task.Description) != len(body)-len(`{"title":"x","description":""}`) {
+			if task := s.as(t, "ann", method, path, body,
+				headers...).task(t); len(*task.Description) != len(body)-len(`{"title":"x","description":""}`) {
 				t.Errorf("%s: got %d bytes", request, len(*task.Description))
 			}
 			for _, more := range []string{" ", strings.Repeat(" ", 3<<20)} {
-				s.as(t, "ann", method, path, body+more, append(headers, "Content-Type", "text/plain")...).is(t, 413, `{"detail":"Request body too large"}`)
+				s.as(t, "ann", method, path, body+more, append(headers, "Content-Type", "text/plain")...).is(t, 413,
+					`{"detail":"Request body too large"}`)
 			}
 		}
 	}
@@ -713,12 +739,16 @@ func TestAContentTypeIsJSONOrNone(t *testing.T) {
 	t.Parallel()
 	s := newService(t)
 	path := fmt.Sprintf("/api/ann/tasks/%d", s.create(t, "ann", "x").ID)
-	for media, ok := range map[string]bool{"application/json": true, "Application/JSON; charset=latin1": true, "application/problem+json": true, "model/x.y+json; a=\"b\"": true,
-		"application/merge-patch+JSON": true, "": false, "text/plain": false, "text/json": false, "application/jsonp": false, "application/json+xml": false, "json": false,
-		"application/json, text/plain": false, "application/json; charset": false, "application/": false, "/json": false, "+json": false, "application/x-www-form-urlencoded": false,
-		"multipart/form-data; boundary=x": false, "application/json\nContent-Type: application/json": false} {
+	for media, ok := range map[string]bool{"application/json": true, "Application/JSON; charset=latin1": true,
+		"application/problem+json": true, "model/x.y+json; a=\"b\"": true,
+		"application/merge-patch+JSON": true, "": false, "text/plain": false, "text/json": false, "application/jsonp": false,
+		"application/json+xml": false, "json": false,
+		"application/json, text/plain": false, "application/json; charset": false, "application/": false, "/json": false, "+json": false,
+		"application/x-www-form-urlencoded": false,
+		"multipart/form-data; boundary=x":   false, "application/json\nContent-Type: application/json": false} {
 		headers := strings.Split(strings.ReplaceAll("Content-Type: "+media, "\n", ": "), ": ")
-		post, patch := s.as(t, "ann", "POST", "/api/ann/tasks", `{"title":"x"}`, headers...), s.as(t, "ann", "PATCH", path, `{}`, headers...)
+		post, patch := s.as(t, "ann", "POST", "/api/ann/tasks", `{"title":"x"}`, headers...),
+			s.as(t, "ann", "PATCH", path, `{}`, headers...)
 		if ok {
 			post.task(t)
 			patch.task(t)
@@ -737,7 +767,8 @@ func TestARequestIsJudgedInOrder(t *testing.T) {
 	untitled := problem("missing", `"body","title"`, "Field required", `{}`)
 	badID := noInteger(`"path","task_id"`, `"1.5"`)
 	pattern := "^[!-~]{1,255}$"
-	badKey := problem("string_pattern_mismatch", `"header","Idempotency-Key"`, "String should match pattern '"+pattern+"'", `"a b"`, `"pattern":"`+pattern+`"`)
+	badKey := problem("string_pattern_mismatch", `"header","Idempotency-Key"`, "String should match pattern '"+pattern+"'", `"a b"`,
+		`"pattern":"`+pattern+`"`)
 	null := problem("string_type", `"body","title"`, "Input should be a valid string", `null`)
 	large := `{"title":7` + strings.Repeat(" ", 1<<20)
 	text, key := []string{"Content-Type", "text/plain"}, []string{"Idempotency-Key", "a b", "If-Match", `"x"`}
@@ -786,9 +817,11 @@ func TestATaskIDIsAnIntegerAndTheOwners(t *testing.T) {
 	for _, id := range []string{"%d", "+%d", "00%d", "%%2B%d", "%%30%d"} {
 		s.as(t, "ann", "GET", "/api/ann/tasks/"+fmt.Sprintf(id, task.ID), "").is(t, 200, mustJSON(t, task))
 	}
-	others := map[string]string{"x": "x", "1.0": "1.0", "1e3": "1e3", "0x1": "0x1", "%201": " 1", "1_0": "1_0", "+": "+", "-": "-", "+-1": "+-1", "-+1": "-+1", "--1": "--1", "1%2F2": "1/2",
+	others := map[string]string{"x": "x", "1.0": "1.0", "1e3": "1e3", "0x1": "0x1", "%201": " 1", "1_0": "1_0", "+": "+", "-": "-",
+		"+-1": "+-1", "-+1": "-+1", "--1": "--1", "1%2F2": "1/2",
 		"%D9%A1": "١", "1,": "1,", "..": "..", "%2E": ".", "null": "null", "1%00": "1\x00", "%22": `"`, "%3Cb%3E": "<b>", "1%0A": "1\n"}
-	for _, none := range []string{"999999", "0", "-1", "+7", strings.Repeat("9", 5000), "-99999999999999999999999999", "9223372036854775807", "-9223372036854775808"} {
+	for _, none := range []string{"999999", "0", "-1", "+7", strings.Repeat("9", 5000), "-99999999999999999999999999",
+		"9223372036854775807", "-9223372036854775808"} {
 		others[none] = ""
 	}
 	for _, method := range []string{"GET", "PATCH", "DELETE"} {
@@ -837,7 +870,8 @@ func TestAPatchChangesWhatIsThereAndMovesTheTimeOnlyThen(t *testing.T) {
 		task = got.task(t)
 		want := mustJSON(t, taskJSON{task.ID, "ann", test.title, test.description, test.isCompleted, task.CreatedAt, task.UpdatedAt})
 		got.is(t, 200, want)
-		if (task.UpdatedAt > was) != test.changes || (task.UpdatedAt != was) != test.changes || (got.header.Get("ETag") != tag) != test.changes {
+		if (task.UpdatedAt > was) != test.changes || (task.UpdatedAt != was) != test.changes ||
+			(got.header.Get("ETag") != tag) != test.changes {
 			t.Errorf("%s: updated_at %s, then %s; ETag %s, then %s", test.body, was, task.UpdatedAt, tag, got.header.Get("ETag"))
 		}
 		if again := s.as(t, "ann", "GET", own, "").is(t, 200, want); again.header.Get("ETag") != got.header.Get("ETag") {
@@ -862,7 +896,8 @@ func TestPatchesOfDifferentFieldsAtOnceAllSurvive(t *testing.T) {
 	task := s.create(t, "ann", "x")
 	own, times := fmt.Sprintf("/api/ann/tasks/%d", task.ID), make([]string, 3)
 	s.behindLock(t, 3, func(i int) {
-		times[i] = s.as(t, "ann", "PATCH", own, []string{`{"title":"new"}`, `{"description":"d"}`, `{"is_completed":true}`}[i]).task(t).UpdatedAt
+		times[i] = s.as(t, "ann", "PATCH", own,
+			[]string{`{"title":"new"}`, `{"description":"d"}`, `{"is_completed":true}`}[i]).task(t).UpdatedAt
 	}, `SELECT FROM tasks WHERE user_id = 'ann' FOR UPDATE`)
 	d := "d"
 	s.as(t, "ann", "GET", own, "").is(t, 200, mustJSON(t, taskJSON{task.ID, "ann", "new", &d, true, task.CreatedAt, slices.Max(times)}))
@@ -881,10 +916,13 @@ func TestIfNoneMatch(t *testing.T) {
 		lines  []string
 		status int
 	}{
-		{[]string{tag}, 304}, {[]string{"W/" + tag}, 304}, {[]string{"*"}, 304}, {[]string{`"x", ` + tag}, 304}, {[]string{tag + ` ,"x"`}, 304}, {[]string{`"x",W/"",` + tag}, 304},
+		{[]string{tag}, 304}, {[]string{"W/" + tag}, 304}, {[]string{"*"}, 304}, {[]string{`"x", ` + tag}, 304},
+		{[]string{tag + ` ,"x"`}, 304}, {[]string{`"x",W/"",` + tag}, 304},
 		{[]string{`"x"`, tag}, 304}, {[]string{`,, "a,b" ,` + tag + ","}, 304}, {[]string{"\"é\"", tag}, 304},
-		{[]string{`"x"`}, 200}, {[]string{""}, 200}, {[]string{strings.Trim(tag, `"`)}, 200}, {[]string{"w/" + tag}, 200}, {[]string{`"*"`}, 200},
-		{[]string{strings.TrimSuffix(tag, `"`)}, 200}, {[]string{`"` + tag}, 200}, {[]string{"W/*"}, 200}, {[]string{strings.ToLower(tag)}, 200},
+		{[]string{`"x"`}, 200}, {[]string{""}, 200}, {[]string{strings.Trim(tag, `"`)}, 200}, {[]string{"w/" + tag}, 200},
+		{[]string{`"*"`}, 200},
+		{[]string{strings.TrimSuffix(tag, `"`)}, 200}, {[]string{`"` + tag}, 200}, {[]string{"W/*"}, 200},
+		{[]string{strings.ToLower(tag)}, 200},
 	} {
 		var headers []string
 		for _, line := range test.lines {
@@ -907,10 +945,14 @@ func TestIfMatchGuardsPatchAndDelete(t *testing.T) {
 		lines []string // with TAG for the current entity tag
 		ok    bool
 	}{
-		{[]string{`TAG`}, true}, {[]string{`*`}, true}, {[]string{`"x", TAG`}, true}, {[]string{`"x"`, `TAG`}, true}, {[]string{`W/TAG,, TAG ,`}, true}, {nil, true},
-		{[]string{`"x"`}, false}, {[]string{`W/TAG`}, false}, {[]string{``}, false}, {[]string{`2026`}, false}, {[]string{`"TAG`}, false}, {[]string{`W/*`}, false}, {[]string{`"*"`}, false},
-		{[]string{`"`}, false}, {[]string{`"2026-01-02T03:04:05.1Z"`}, false}, {[]string{`"2026-01-02 03:04:05.1+00"`}, false}, {[]string{`"now"`, `"infinity"`}, false},
-		{[]string{`"}"`, `"{"`, `"NULL"`, `"\"`, `"a,b"`, `""`, "\"\xff\""}, false}, {[]string{`"2026-02-30T00:00:00.000000Z"`, `"0000-01-01T00:00:00.000000Z"`}, false},
+		{[]string{`TAG`}, true}, {[]string{`*`}, true}, {[]string{`"x", TAG`}, true}, {[]string{`"x"`, `TAG`}, true},
+		{[]string{`W/TAG,, TAG ,`}, true}, {nil, true},
+		{[]string{`"x"`}, false}, {[]string{`W/TAG`}, false}, {[]string{``}, false}, {[]string{`2026`}, false}, {[]string{`"TAG`}, false},
+		{[]string{`W/*`}, false}, {[]string{`"*"`}, false},
+		{[]string{`"`}, false}, {[]string{`"2026-01-02T03:04:05.1Z"`}, false}, {[]string{`"2026-01-02 03:04:05.1+00"`}, false},
+		{[]string{`"now"`, `"infinity"`}, false},
+		{[]string{`"}"`, `"{"`, `"NULL"`, `"\"`, `"a,b"`, `""`, "\"\xff\""}, false},
+		{[]string{`"2026-02-30T00:00:00.000000Z"`, `"0000-01-01T00:00:00.000000Z"`}, false},
 		{[]string{`"2026-01-02T03:04:05.+10000Z"`, `"2026-01-02T03:04:05,100000Z"`, `"2026-01-02T24:00:00.000000Z"`}, false},
 	} {
 		for method, body := range map[string]string{"PATCH": `{"title":"new"}`, "DELETE": ""} {
@@ -980,20 +1022,23 @@ func TestAKeyMakesOneTask(t *testing.T) {
 		t.Helper()
 		return s.as(t, user, "POST", "/api/"+user+"/tasks", body, "Idempotency-Key", key)
 	}
-	reused := problems(problem("value_error", `"header","Idempotency-Key"`, "Value error, this key was used with another title or description", `"k"`, `"error":{}`))
+	reused := problems(problem("value_error", `"header","Idempotency-Key"`,
+		"Value error, this key was used with another title or description", `"k"`, `"error":{}`))
 	post("ann", `{"title":7}`, "k").is(t, 422, problems(problem("string_type", `"body","title"`, "Input should be a valid string", "7")))
 	s.exec(t, `ALTER TABLE tasks RENAME TO away`)
 	post("ann", `{"title":"other"}`, "k").is(t, 503, outage)
 	s.exec(t, `ALTER TABLE away RENAME TO tasks`)
 	first := post("ann", `{"title":"x","description":"d"}`, "k")
 	own := fmt.Sprintf("/api/ann/tasks/%d", first.task(t).ID)
-	for _, body := range []string{`{"title":"x","description":"d"}`, ` {"description":"\u0064", "title":"y", "title":"x", "is_completed":true}`} {
+	for _, body := range []string{`{"title":"x","description":"d"}`,
+		` {"description":"\u0064", "title":"y", "title":"x", "is_completed":true}`} {
 		again := post("ann", body, "k").is(t, 201, first.body)
 		if again.header.Get("Location") != own || again.header.Get("ETag") != first.header.Get("ETag") {
 			t.Errorf("got %v", again.header)
 		}
 	}
-	for _, body := range []string{`{"title":"x"}`, `{"title":"x","description":null}`, `{"title":"x","description":""}`, `{"title":"X","description":"d"}`, `{"title":"xd"}`} {
+	for _, body := range []string{`{"title":"x"}`, `{"title":"x","description":null}`, `{"title":"x","description":""}`,
+		`{"title":"X","description":"d"}`, `{"title":"xd"}`} {
 		post("ann", body, "k").is(t, 422, reused)
 	}
 	if post("ann", `{"title":"x"}`, "K").body == first.body || post("bob", `{"title":"x"}`, "k").task(t).UserID != "bob" {
@@ -1023,8 +1068,10 @@ func TestAKeyIsVisibleASCII(t *testing.T) {
 		for _, line := range test {
 			headers = append(headers, "Idempotency-Key", line)
 		}
-		s.as(t, "ann", "POST", "/api/ann/tasks", `{"title":"x"}`, headers...).is(t, 422, problems(problem("string_pattern_mismatch", `"header","Idempotency-Key"`,
-			"String should match pattern '"+pattern+"'", mustJSON(t, strings.TrimPrefix(strings.Join(test, ", "), " ")), `"pattern":"`+pattern+`"`)))
+		s.as(t, "ann", "POST", "/api/ann/tasks", `{"title":"x"}`, headers...).is(t, 422,
+			problems(problem("string_pattern_mismatch", `"header","Idempotency-Key"`,
+				"String should match pattern '"+pattern+"'", mustJSON(t, strings.TrimPrefix(strings.Join(test, ", "), " ")),
+				`"pattern":"`+pattern+`"`)))
 	}
 	for _, key := range []string{"!", "~", `a"b\,c'%`, strings.Repeat("k", 255)} {
 		s.as(t, "ann", "POST", "/api/ann/tasks", `{"title":"x"}`, "Idempotency-Key", key).task(t)
@@ -1070,9 +1117,11 @@ func TestADatabaseErrorIsA503WhoseCauseIsOnlyLogged(t *testing.T) {
 	t.Parallel()
 	s := newService(t)
 	s.exec(t, `ALTER TABLE tasks RENAME TO away`)
-	for _, test := range [][]string{{"GET", "", ""}, {"GET", "?limit=5", ""}, {"GET", "/1", ""}, {"POST", "", `{"title":"x"}`}, {"PATCH", "/1", `{}`}, {"DELETE", "/1", ""}} {
+	for _, test := range [][]string{{"GET", "", ""}, {"GET", "?limit=5", ""}, {"GET", "/1", ""}, {"POST", "", `{"title":"x"}`},
+		{"PATCH", "/1", `{}`}, {"DELETE", "/1", ""}} {
 		got := s.as(t, "ann", test[0], "/api/ann/tasks"+test[1], test[2]).is(t, 503, outage)
-		if lines := s.logs.at(slog.LevelWarn); len(lines) != 1 || !strings.Contains(lines[0], "does not exist") || got.header.Get("Retry-After") == "" {
+		if lines := s.logs.at(slog.LevelWarn); len(lines) != 1 || !strings.Contains(lines[0], "does not exist") ||
+			got.header.Get("Retry-After") == "" {
 			t.Errorf("%v: %v, logged %q", test, got.header, lines)
 		}
 	}
@@ -1102,15 +1151,18 @@ func TestEveryRequestIsOneLogLineWithoutSecrets(t *testing.T) {
 		s.logs.at(slog.LevelInfo)
 		got := s.as(t, test.user, test.method, test.path, test.body, "X-Request-ID", "an-id", "Cookie", "session=hush")
 		want := fmt.Sprintf(`^{"time":"2[-0-9T:.]+(Z|[+-]\d\d:\d\d)","level":"INFO","msg":"request","method":%q,"route":%q,"status":%d,"duration_ms":[0-9.]+,"bytes":%d,"user":%q,`+
-			`"remote":"127.0.0.1:\d+","request_id":"an-id"}\n$`, test.method, regexp.QuoteMeta(test.route), got.status, len(got.body), test.logged)
-		if lines := s.logs.at(slog.LevelInfo); len(lines) != 1 || !regexp.MustCompile(strings.ReplaceAll(want, `\\`, `\`)).MatchString(lines[0]) {
+			`"remote":"127.0.0.1:\d+","request_id":"an-id"}\n$`, test.method, regexp.QuoteMeta(test.route), got.status, len(got.body),
+			test.logged)
+		if lines := s.logs.at(slog.LevelInfo); len(lines) != 1 ||
+			!regexp.MustCompile(strings.ReplaceAll(want, `\\`, `\`)).MatchString(lines[0]) {
 			t.Errorf("logged %q, want %s", lines, want)
 		}
 	}
 }
 
 func FuzzPrecondition(f *testing.F) {
-	for _, seed := range []string{``, `*`, `"a"`, `W/"a", "b"`, `"a" "b"`, `,,"a,b",`, `"`, `W/`, `"2026-01-02T03:04:05.100000Z"`, `"x",W/"2026-01-02T03:04:05.100000Z"`, "\"\xff\"\t,\"\x7f\"", `"a"b`} {
+	for _, seed := range []string{``, `*`, `"a"`, `W/"a", "b"`, `"a" "b"`, `,,"a,b",`, `"`, `W/`, `"2026-01-02T03:04:05.100000Z"`,
+		`"x",W/"2026-01-02T03:04:05.100000Z"`, "\"\xff\"\t,\"\x7f\"", `"a"b`} {
 		f.Add(seed)
 	}
 	const tag = `"2026-01-02T03:04:05.100000Z"`
@@ -1125,7 +1177,8 @@ func FuzzPrecondition(f *testing.F) {
 		}
 		var times pq.StringArray
 		list := p.times()
-		if (list == nil) != all || list != nil && times.Scan(*list) != nil || strong.MatchString(line) && !slices.Contains(times, strings.Trim(tag, `"`)) || len(times) > strings.Count(line, "Z") {
+		if (list == nil) != all || list != nil && times.Scan(*list) != nil || strong.MatchString(line) &&
+			!slices.Contains(times, strings.Trim(tag, `"`)) || len(times) > strings.Count(line, "Z") {
 			t.Errorf("%q allows %v", line, times)
 		}
 	})

@@ -39,7 +39,8 @@ func restarts(s *suite) {
 		{"one server process killed (-9), crash recovery", "crash", 0, func() (down, again, up time.Time) {
 			held, err := c.open("postgres").Conn(context.Background())
 			must(err)
-			must(syscall.Kill(c.number(database, "SELECT pid FROM pg_stat_activity WHERE application_name = 'taskflow' LIMIT 1"), syscall.SIGKILL))
+			must(syscall.Kill(c.number(database, "SELECT pid FROM pg_stat_activity WHERE application_name = 'taskflow' LIMIT 1"),
+				syscall.SIGKILL))
 			for err == nil { // until the server has noticed, and ends all connections
 				_, err = held.ExecContext(context.Background(), "SELECT 1")
 			}
@@ -121,7 +122,8 @@ func lostAnswers(s *suite) {
 		f.loseOne()
 		time.Sleep(15 * time.Millisecond)
 	}
-	l.finish(r, c, database, func(x sample) bool { return x.what == "POST" || x.what == "PATCH" || x.what == "DELETE" }, v) // the others are safe to repeat
+	l.finish(r, c, database, func(x sample) bool { return x.what == "POST" || x.what == "PATCH" || x.what == "DELETE" },
+		v) // the others are safe to repeat
 	if r.note("%d answers lost", f.lost); f.lost < 100 || r.unavailable == 0 {
 		r.fault("hardly an answer was lost: %d, with %d times 503", f.lost, r.unavailable)
 	}
@@ -137,7 +139,8 @@ func startUp(s *suite) {
 	v := s.newService(c.url(database))
 	reachable(v.port)
 	ask := func(method, body string) int {
-		response, err := quickClient.Do(newRequest(context.Background(), v.url(), "alice", method, "", body, time.Now().Add(time.Hour).Unix()))
+		response, err := quickClient.Do(newRequest(context.Background(), v.url(), "alice", method, "", body,
+			time.Now().Add(time.Hour).Unix()))
 		must(err)
 		defer response.Body.Close()
 		if r.requests++; response.StatusCode == http.StatusServiceUnavailable {
@@ -219,7 +222,8 @@ func (s *suite) newPair() pair {
 }
 
 func (p pair) url() string {
-	return fmt.Sprintf("postgres://taskflow@127.0.0.1:%d,127.0.0.1:%d/pair?sslmode=disable&target_session_attrs=read-write", p.primary.port, p.standby.port)
+	return fmt.Sprintf("postgres://taskflow@127.0.0.1:%d,127.0.0.1:%d/pair?sslmode=disable&target_session_attrs=read-write", p.primary.port,
+		p.standby.port)
 }
 
 // promote makes the standby the primary and returns when it takes writes.

@@ -63,7 +63,8 @@ func (r *row) print() {
 		return fmt.Sprintf("%.2f s", d.Seconds())
 	}
 	fmt.Printf(layout, r.what, fmt.Sprint(r.requests), fmt.Sprint(r.good), fmt.Sprint(r.unavailable), fmt.Sprint(r.other),
-		seconds(r.longest), seconds(r.recovery), fmt.Sprint(r.lost), fmt.Sprint(r.doubled), strings.Join(append([]string{verdict}, r.notes...), "; "))
+		seconds(r.longest), seconds(r.recovery), fmt.Sprint(r.lost), fmt.Sprint(r.doubled),
+		strings.Join(append([]string{verdict}, r.notes...), "; "))
 	for i, fault := range r.faults {
 		if i == 8 {
 			fmt.Printf("    … and %d more\n", len(r.faults)-i)

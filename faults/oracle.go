@@ -192,7 +192,8 @@ func (l *load) send(what, user, method, path, body string, header ...string) (st
 	if connections > 1 {
 		l.fault("%v: the connection was dropped, and net/http tried again", x)
 	}
-	if x.status == http.StatusServiceUnavailable && (response.Header.Get("Retry-After") == "" || !bytes.HasPrefix(answer, []byte(`{"detail":`))) {
+	if x.status == http.StatusServiceUnavailable &&
+		(response.Header.Get("Retry-After") == "" || !bytes.HasPrefix(answer, []byte(`{"detail":`))) {
 		l.fault("%v: a 503 without Retry-After or detail: %s", x, answer)
 	}
 	if x.status != 503 && x.status/100 != 2 && x.status != 0 {
@@ -283,12 +284,14 @@ func (l *load) create(r *record, twice bool) bool {
 		return l.expect(r, answer)
 	}
 	var answers [2][]byte
-	for deadline := time.Now().Add(20 * time.Second); answers[0] == nil && answers[1] == nil; sleep(context.Background(), 20*time.Millisecond) {
+	for deadline := time.Now().Add(20 * time.Second); answers[0] == nil &&
+		answers[1] == nil; sleep(context.Background(), 20*time.Millisecond) {
 		var both sync.WaitGroup
 		for i := range answers {
 			both.Go(func() {
 				if i == 0 || twice {
-					if status, answer := l.send("POST keyed", r.user, "POST", "", r.body(), "Idempotency-Key", r.key); status == http.StatusCreated {
+					if status, answer := l.send("POST keyed", r.user, "POST", "", r.body(), "Idempotency-Key",
+						r.key); status == http.StatusCreated {
 						answers[i] = answer
 					} else {
 						r.keep = true
@@ -350,7 +353,8 @@ func (l *load) longList() {
 		return
 	}
 	var found []task
-	if err := json.Unmarshal(answer, &found); err != nil || len(found) != l.long || slices.ContainsFunc(found, func(t task) bool { return t.UserID != "long" }) ||
+	if err := json.Unmarshal(answer, &found); err != nil || len(found) != l.long ||
+		slices.ContainsFunc(found, func(t task) bool { return t.UserID != "long" }) ||
 		!slices.IsSortedFunc(found, func(a, b task) int { return int(a.ID - b.ID) }) {
 		l.fault("a long list is wrong: %d tasks, %v", len(found), err)
 	}
@@ -444,7 +448,8 @@ func (l *load) judge(r *row, excused func(sample) bool) {
 // recovered notes how long after up the first write succeeded, and expects it within limit.
 func (l *load) recovered(r *row, up time.Time, limit time.Duration) {
 	for _, x := range l.samples {
-		if write := x.what[0] == 'P' || x.what[0] == 'D'; write && x.status/100 == 2 && x.end.After(up) && (r.recovery == 0 || x.end.Sub(up) < r.recovery) {
+		if write := x.what[0] == 'P' || x.what[0] == 'D'; write && x.status/100 == 2 && x.end.After(up) &&
+			(r.recovery == 0 || x.end.Sub(up) < r.recovery) {
 			r.recovery = x.end.Sub(up)
 		}
 	}
@@ -478,7 +483,8 @@ func (l *load) compare(r *row, c *cluster, database string) {
 		}
 		time.Sleep(50 * time.Millisecond)
 	}
-	rows, err := db.Query(`SELECT id, user_id, title, coalesce(description, ''), is_completed FROM tasks WHERE title LIKE $1 || ' %'`, l.name)
+	rows, err := db.Query(`SELECT id, user_id, title, coalesce(description, ''), is_completed FROM tasks WHERE title LIKE $1 || ' %'`,
+		l.name)
 	must(err)
 	defer rows.Close()
 	held := map[string][]task{}
@@ -499,7 +505,9 @@ func (l *load) compare(r *row, c *cluster, database string) {
 		case len(found) == 0 && !gone:
 			r.lost++
 			r.fault("%s: lost", record.title)
-		case len(found) == 1 && (!slices.Contains(record.states, found[0].state()) || record.id != 0 && record.id != found[0].ID || found[0].UserID != record.user):
+		case len(found) == 1 &&
+			(!slices.Contains(record.states, found[0].state()) || record.id != 0 && record.id != found[0].ID ||
+				found[0].UserID != record.user):
 			r.lost++
 			r.fault("%s: is %+v, not of %+v", record.title, found[0].state(), record.states)
 		}

@@ -233,7 +233,8 @@ func slow(s *suite) {
 		must(err)
 		must(conn.(*net.TCPConn).SetReadBuffer(16 << 10))
 		must(conn.SetReadDeadline(began.Add(120 * time.Second)))
-		_, err = fmt.Fprintf(conn, "%s /api/%s/tasks HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\n%s\r\n", method, user, token(user, expiry), header)
+		_, err = fmt.Fprintf(conn, "%s /api/%s/tasks HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\n%s\r\n", method, user,
+			token(user, expiry), header)
 		must(err)
 		return conn.(*net.TCPConn)
 	}

@@ -20,20 +20,22 @@ func pgbouncer(s *suite) {
 	s.pooler(c, "PgBouncer, short-lived server connections, DISCARD", "transaction",
 		"server_lifetime = 0\nserver_reset_query = DISCARD ALL\nserver_reset_query_always = 1", 16, 5*time.Millisecond, nil)
 	s.pooler(c, "PgBouncer, statement mode", "statement", "", 60, 5*time.Millisecond, nil)
-	s.pooler(c, "PgBouncer, session mode", "session", "default_pool_size = 20\nserver_reset_query = DISCARD ALL", 60, 5*time.Millisecond, nil)
+	s.pooler(c, "PgBouncer, session mode", "session", "default_pool_size = 20\nserver_reset_query = DISCARD ALL", 60, 5*time.Millisecond,
+		nil)
 	// PgBouncer takes a connection that PAUSE ends while it logs in for a failed login, and waits before it tries again.
-	s.pooler(c, "PgBouncer, PAUSE, RESUME, RECONNECT", "transaction", "server_login_retry = 0.1", 60, 5*time.Millisecond, func(_ *load, port *int) {
-		console := *c
-		console.port = *port
-		for range 3 {
-			time.Sleep(300 * time.Millisecond)
-			console.exec("pgbouncer", "PAUSE")
-			time.Sleep(300 * time.Millisecond)
-			console.exec("pgbouncer", "RESUME")
-			time.Sleep(300 * time.Millisecond)
-			console.exec("pgbouncer", "RECONNECT")
-		}
-	})
+	s.pooler(c, "PgBouncer, PAUSE, RESUME, RECONNECT", "transaction", "server_login_retry = 0.1", 60, 5*time.Millisecond,
+		func(_ *load, port *int) {
+			console := *c
+			console.port = *port
+			for range 3 {
+				time.Sleep(300 * time.Millisecond)
+				console.exec("pgbouncer", "PAUSE")
+				time.Sleep(300 * time.Millisecond)
+				console.exec("pgbouncer", "RESUME")
+				time.Sleep(300 * time.Millisecond)
+				console.exec("pgbouncer", "RECONNECT")
+			}
+		})
 }
 
 // pooler puts load on a service behind a PgBouncer, and has act disturb it.
@@ -46,7 +48,8 @@ func (s *suite) pooler(c *cluster, what, mode, more string, workers int, pause t
 	if pause == 0 {
 		size = workers
 	}
-	v := s.newService(fmt.Sprintf("postgres://taskflow@127.0.0.1:%d/%s?sslmode=disable", port, database), fmt.Sprintf("DB_POOL_SIZE=%d", size)).ready()
+	v := s.newService(fmt.Sprintf("postgres://taskflow@127.0.0.1:%d/%s?sslmode=disable", port, database),
+		fmt.Sprintf("DB_POOL_SIZE=%d", size)).ready()
 	c.longList(database, 3000, 400)
 	r := s.row(what)
 	l := &load{base: v.url(), name: name, workers: workers, users: 20, pause: pause, long: 3000}

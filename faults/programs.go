@@ -187,9 +187,10 @@ func (s *suite) newCluster(options ...string) *cluster {
 
 // start starts the server and returns when it accepts connections.
 func (c *cluster) start() time.Time {
-	c.server = c.s.start(c.s.account, c.folder, nil, append([]string{filepath.Join(c.s.bin, "postgres"), "-D", c.folder + "/data", "-k", c.folder,
-		"-p", strconv.Itoa(c.port), "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off", "-c", "max_connections=400",
-		"-c", "shared_preload_libraries=pg_stat_statements", "-c", "wal_receiver_status_interval=1"}, c.options...)...)
+	c.server = c.s.start(c.s.account, c.folder, nil,
+		append([]string{filepath.Join(c.s.bin, "postgres"), "-D", c.folder + "/data", "-k", c.folder,
+			"-p", strconv.Itoa(c.port), "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off", "-c", "max_connections=400",
+			"-c", "shared_preload_libraries=pg_stat_statements", "-c", "wal_receiver_status_interval=1"}, c.options...)...)
 	return c.accepting()
 }
 

@@ -102,7 +102,8 @@ func tenReplicas(s *suite) {
 func races(s *suite) {
 	c := s.newCluster()
 	database := c.newDatabase("races")
-	replicas := []*service{s.newService(c.url(database)).ready(), s.newService(c.url(database)).ready(), s.newService(c.url(database)).ready()}
+	replicas := []*service{s.newService(c.url(database)).ready(), s.newService(c.url(database)).ready(),
+		s.newService(c.url(database)).ready()}
 	r := s.row("three replicas race: If-Match, Idempotency-Key")
 	expiry := time.Now().Add(time.Hour).Unix()
 	// race sends a request twelve times at once and returns the answers by status.
@@ -112,7 +113,8 @@ func races(s *suite) {
 		found := map[int][]task{}
 		for i := range 12 {
 			all.Go(func() {
-				response, err := quickClient.Do(newRequest(context.Background(), replicas[i%3].url(), "racer", method, path, strings.ReplaceAll(body, "@", strconv.Itoa(i)), expiry, header...))
+				response, err := quickClient.Do(newRequest(context.Background(), replicas[i%3].url(), "racer", method, path,
+					strings.ReplaceAll(body, "@", strconv.Itoa(i)), expiry, header...))
 				mu.Lock()
 				defer mu.Unlock()
 				if r.requests++; err != nil {
@@ -130,7 +132,8 @@ func races(s *suite) {
 		return found
 	}
 	for round := range 30 {
-		made := race("POST", "", fmt.Sprintf(`{"title":"race %d"}`, round), "Idempotency-Key", fmt.Sprintf("race-%d", round))[http.StatusCreated]
+		made := race("POST", "", fmt.Sprintf(`{"title":"race %d"}`, round), "Idempotency-Key",
+			fmt.Sprintf("race-%d", round))[http.StatusCreated]
 		for _, t := range made {
 			if t.ID != made[0].ID {
 				r.doubled++
