@@ -31,7 +31,7 @@ func invalid(reason string) error { return fmt.Errorf("%w: %s", errInvalidToken,
 
 // An authenticator judges tokens: those of HS256 with the secret, all others with the JWKS.
 type authenticator struct {
-	secret   []byte // nil: HS256 is refused
+	secret   []byte // empty: HS256 is refused
 	jwks     *jwks  // nil: everything else is refused
 	issuer   string // "" for any
 	audience string // "" for any
@@ -111,7 +111,7 @@ func (a *authenticator) judge(ctx context.Context, token string, now float64) (v
 func (a *authenticator) verify(ctx context.Context, header jsonValue, signed string, signature []byte) error {
 	alg, _ := claimText(header, "alg")
 	if alg == jwt.SigningMethodHS256.Alg() {
-		if a.secret == nil || jwt.SigningMethodHS256.Verify(signed, signature, a.secret) != nil {
+		if len(a.secret) == 0 || jwt.SigningMethodHS256.Verify(signed, signature, a.secret) != nil {
 			return invalid("signature")
 		}
 		return nil

@@ -24,6 +24,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -104,22 +105,15 @@ func version() string {
 }
 
 // authenticator makes what judges tokens from the configuration.
-func (c config) authenticator() (*authenticator, error) {
-	a := &authenticator{issuer: c.issuer, audience: c.audience}
-	if c.secret != "" {
-		a.secret = []byte(c.secret)
-	}
+func (c config) authenticator() (a *authenticator, err error) {
+	a = &authenticator{secret: []byte(c.secret), issuer: c.issuer, audience: c.audience}
 	if c.secret == "" && c.development {
-		secret, err := developmentSecret()
-		if err != nil {
-			return nil, err
-		}
-		a.secret = secret
+		a.secret, err = developmentSecret()
 	}
 	if c.jwksURL != "" {
 		a.jwks = newJWKS(c.jwksURL)
 	}
-	return a, nil
+	return a, err
 }
 
 // printToken prints a development token alone, so that a shell can take it.
@@ -153,11 +147,8 @@ func printToken(cfg config, args []string, stdout io.Writer) error {
 func healthcheck(ctx context.Context, cfg config) error {
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
-	host := map[string]string{"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}[cfg.host]
-	if host == "" {
-		host = cfg.host
-	}
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+net.JoinHostPort(host, cfg.port)+"/health", nil)
+	url := "http://" + net.JoinHostPort(cmp.Or(cfg.host, "0.0.0.0"), cfg.port) + "/health" // the net package dials loopback for it
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
 		return err
 	}
