@@ -98,7 +98,7 @@ func (a *authenticator) judge(ctx context.Context, token string, now float64) (v
 	if !ok || errors.Join(err, err2, err3) != nil {
 		return v, invalid("not a JWT")
 	}
-	if _, critical := header.member("crit"); critical > 0 {
+	if header.members["crit"].count > 0 {
 		return v, invalid("crit") // RFC 7515 section 4.1.11: no extension is understood here
 	}
 	if v, err = a.accept(claims, now); err != nil {
@@ -142,7 +142,7 @@ func (a *authenticator) accept(claims jsonValue, now float64) (v verified, err e
 	if v.exp, ok = claimTime(claims, "exp"); !ok {
 		return v, invalid("exp")
 	}
-	if _, n := claims.member("nbf"); n > 0 {
+	if claims.members["nbf"].count > 0 {
 		if nbf, ok := claimTime(claims, "nbf"); !ok || now < nbf {
 			return v, invalid("nbf")
 		}
@@ -162,34 +162,34 @@ func tokenPart(part string) (jsonValue, error) {
 	if err != nil {
 		return jsonValue{}, err
 	}
-	v, err := parseJSON(text)
-	if err == nil && !v.isObject() {
-		err = errInvalidToken
+	v, fault := parseJSON(text)
+	if fault != nil || !v.isObject() {
+		return v, errInvalidToken
 	}
-	return v, err
+	return v, nil
 }
 
 // claimText returns a string that is there exactly once.
 func claimText(v jsonValue, name string) (string, bool) {
-	raw, n := v.member(name)
-	if n != 1 || raw[0] != '"' {
+	m := v.members[name]
+	if m.count != 1 || m.raw[0] != '"' {
 		return "", false
 	}
-	return jsonText(raw)
+	return jsonText(m.raw)
 }
 
 // claimTime returns a NumericDate (RFC 7519 section 2) that is there exactly once.
 func claimTime(v jsonValue, name string) (float64, bool) {
-	raw, n := v.member(name)
-	seconds, err := strconv.ParseFloat(string(raw), 64)
-	exact := math.Abs(seconds) < 1<<53 || string(raw) == "9007199254740992" // to which 2^53+1 is rounded, too
-	return seconds, n == 1 && err == nil && exact
+	m := v.members[name]
+	seconds, err := strconv.ParseFloat(string(m.raw), 64)
+	exact := math.Abs(seconds) < 1<<53 || string(m.raw) == "9007199254740992" // to which 2^53+1 is rounded, too
+	return seconds, m.count == 1 && err == nil && exact
 }
 
 // claimHolds reports whether the member, which is there exactly once, is text or a list of strings with text in it.
 func claimHolds(v jsonValue, name, text string) bool {
-	raw, n := v.member(name)
-	if n != 1 {
+	raw := v.members[name].raw
+	if v.members[name].count != 1 {
 		return false
 	}
 	if raw[0] != '[' {

@@ -22,41 +22,28 @@ type jsonError struct {
 	offset int // in bytes
 }
 
-func (e *jsonError) Error() string { return e.msg + " at byte " + strconv.Itoa(e.offset) }
-
 // A jsonValue is one JSON text: its bytes without white space around them, and the members of the
-// outermost object in their order.
+// outermost object by their names.
 type jsonValue struct {
 	raw     []byte
-	members []jsonMember
+	members map[string]jsonMember
 }
 
+// A jsonMember is the last value of a name, and how many there are.
 type jsonMember struct {
-	name string
-	raw  []byte
-}
-
-// member returns the raw value of the last member called name, or nil, and how many there are.
-func (v jsonValue) member(name string) (raw []byte, count int) {
-	for _, m := range v.members {
-		if m.name == name {
-			raw = m.raw
-			count++
-		}
-	}
-	return raw, count
+	raw   []byte
+	count int
 }
 
 // isObject reports whether the text is an object.
 func (v jsonValue) isObject() bool { return len(v.raw) > 0 && v.raw[0] == '{' }
 
 // parseJSON checks that text is exactly one JSON value in UTF-8, nested no deeper than maxDepth.
-// The error is a *jsonError.
-func parseJSON(text []byte) (jsonValue, error) {
+func parseJSON(text []byte) (jsonValue, *jsonError) {
 	if bytes.HasPrefix(text, []byte("\ufeff")) {
 		return jsonValue{}, &jsonError{"Unexpected UTF-8 BOM (decode using utf-8-sig)", 0}
 	}
-	s := jsonScanner{text: text}
+	s := jsonScanner{text: text, members: map[string]jsonMember{}}
 	s.space()
 	start := s.pos
 	err := s.value(0)
@@ -71,11 +58,11 @@ func parseJSON(text []byte) (jsonValue, error) {
 type jsonScanner struct {
 	text    []byte
 	pos     int
-	members []jsonMember
+	members map[string]jsonMember
 }
 
 // fault is about what stands at pos.
-func (s *jsonScanner) fault(msg string) error {
+func (s *jsonScanner) fault(msg string) *jsonError {
 	if r, size := utf8.DecodeRune(s.text[s.pos:]); r == utf8.RuneError && size == 1 {
 		msg = "Invalid UTF-8"
 	}
@@ -101,7 +88,7 @@ func (s *jsonScanner) space() {
 var literal = regexp.MustCompile(`^(?:true|false|null|-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)`)
 
 // value scans one value inside depth arrays and objects.
-func (s *jsonScanner) value(depth int) error {
+func (s *jsonScanner) value(depth int) *jsonError {
 	switch start := s.pos; {
 	case s.skip('"'):
 		return s.string(start)
@@ -112,7 +99,9 @@ func (s *jsonScanner) value(depth int) error {
 	case s.skip('['):
 		return s.contents(depth+1, ']')
 	}
-	n := len(literal.Find(s.text[s.pos:]))
+	rest := s.text[s.pos:]
+	word := len(rest) - len(bytes.TrimLeft(rest, "+-.0123456789Eaeflnrstu")) // the pattern's cost grows with what it is given
+	n := len(literal.Find(rest[:word]))
 	if n == 0 {
 		return s.fault("Expecting value")
 	}
@@ -122,7 +111,7 @@ func (s *jsonScanner) value(depth int) error {
 
 // contents scans an object or an array, as end says, from behind its first byte on. What is in it is
 // nested in depth levels.
-func (s *jsonScanner) contents(depth int, end byte) error {
+func (s *jsonScanner) contents(depth int, end byte) *jsonError {
 	if s.space(); s.skip(end) {
 		return nil
 	}
@@ -147,7 +136,7 @@ func (s *jsonScanner) contents(depth int, end byte) error {
 		}
 		if name != nil && depth == 1 {
 			text, _ := jsonText(name)
-			s.members = append(s.members, jsonMember{text, s.text[start:s.pos]})
+			s.members[text] = jsonMember{s.text[start:s.pos], s.members[text].count + 1}
 		}
 		if s.space(); s.skip(end) {
 			return nil
@@ -160,25 +149,20 @@ func (s *jsonScanner) contents(depth int, end byte) error {
 }
 
 // string scans a string that has begun at start, from behind its quote on.
-func (s *jsonScanner) string(start int) error {
+func (s *jsonScanner) string(start int) *jsonError {
 	for s.pos < len(s.text) {
-		switch c := s.text[s.pos]; {
-		case c == '"':
+		r, n := utf8.DecodeRune(s.text[s.pos:])
+		switch {
+		case r == '"':
 			s.pos++
 			return nil
-		case c < ' ':
+		case r < ' ' || r == utf8.RuneError && n == 1:
 			return s.fault("Invalid control character at")
-		case c == '\\':
+		case r == '\\':
 			if err := s.escape(s.text[s.pos+1:]); err != nil {
 				return err
 			}
-		case c < utf8.RuneSelf:
-			s.pos++
 		default:
-			r, n := utf8.DecodeRune(s.text[s.pos:])
-			if r == utf8.RuneError && n == 1 {
-				return s.fault("Invalid UTF-8")
-			}
 			s.pos += n
 		}
 	}
@@ -186,7 +170,7 @@ func (s *jsonScanner) string(start int) error {
 }
 
 // escape skips the backslash at pos and what belongs to it in rest, the text behind it (RFC 8259 section 7).
-func (s *jsonScanner) escape(rest []byte) error {
+func (s *jsonScanner) escape(rest []byte) *jsonError {
 	n := 1
 	if bytes.HasPrefix(rest, []byte("u")) {
 		n = min(5, len(rest))
@@ -200,8 +184,8 @@ func (s *jsonScanner) escape(rest []byte) error {
 	return nil
 }
 
-// loneSurrogate matches escapes; its group matches one of a surrogate without the other.
-var loneSurrogate = regexp.MustCompile(`\\u[dD][89abAB]..\\u[dD][c-fC-F]|(\\u[dD][89a-fA-F])|\\.`)
+// wholeEscape matches every escape but that of a surrogate without the other.
+var wholeEscape = regexp.MustCompile(`(?i)\\(?:[^u]|u(?:d[89ab]..\\ud[c-f]|d[0-7]|[^d]))`)
 
 // jsonText decodes a JSON string that parseJSON has accepted. storable is false when the string has
 // a U+0000 or a lone surrogate, neither of which PostgreSQL's text can hold.
@@ -209,18 +193,9 @@ func jsonText(raw []byte) (text string, storable bool) {
 	if bytes.IndexByte(raw, '\\') < 0 {
 		return string(raw[1 : len(raw)-1]), true
 	}
-	if err := json.Unmarshal(raw, &text); err != nil || strings.ContainsRune(text, 0) {
-		return text, false
-	}
-	if !strings.ContainsRune(text, utf8.RuneError) { // which json.Unmarshal puts for a lone surrogate
-		return text, true
-	}
-	for _, m := range loneSurrogate.FindAllSubmatchIndex(raw, -1) {
-		if m[2] >= 0 {
-			return text, false
-		}
-	}
-	return text, true
+	_ = json.Unmarshal(raw, &text) // which puts U+FFFD for a lone surrogate
+	lone := strings.ContainsRune(text, utf8.RuneError) && bytes.IndexByte(wholeEscape.ReplaceAll(raw, nil), '\\') >= 0
+	return text, !lone && !strings.ContainsRune(text, 0)
 }
 
 // appendJSONString appends s, which is valid UTF-8, as a JSON string.

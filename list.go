@@ -91,17 +91,16 @@ func (v *validation) listQuery(r *http.Request, user string) (q listQuery) {
 		q.descending = v.oneOf(text, "order", "asc", "desc") == "desc"
 	})
 	each("limit", func(text string) {
-		n, err := strconv.Atoi(text)
+		n, ok := v.integer(text, "query", "limit")
 		switch {
-		case err != nil && !errors.Is(err, strconv.ErrRange):
-			v.integer(text, "query", "limit")
+		case !ok:
 		case n < 1:
 			v.add("greater_than_equal", "Input should be greater than or equal to 1", quote(text), map[string]any{"ge": 1}, "query", "limit")
 		case n > maxLimit:
 			msg := fmt.Sprintf("Input should be less than or equal to %d", maxLimit)
 			v.add("less_than_equal", msg, quote(text), map[string]any{"le": maxLimit}, "query", "limit")
 		}
-		q.limit = n
+		q.limit = int(n)
 	})
 	each("cursor", func(text string) {
 		if q.after = q.decodeCursor(user, text); q.after == nil {

@@ -295,8 +295,8 @@ func readBody(w *response, r *http.Request) (jsonValue, error) {
 	if text.Len() == 0 {
 		return jsonValue{}, nil
 	}
-	body, err := parseJSON(text.Bytes())
-	if fault := (*jsonError)(nil); errors.As(err, &fault) {
+	body, fault := parseJSON(text.Bytes())
+	if fault != nil {
 		var v validation
 		v.add("json_invalid", "JSON decode error", []byte("{}"), map[string]any{"error": fault.msg}, "body", fault.offset)
 		return jsonValue{}, v

@@ -83,18 +83,18 @@ func (v *validation) taskInput(body jsonValue, create bool) (in taskInput) {
 		v.add("model_attributes_type", "Input should be a valid dictionary or object to extract fields from", body.raw, nil, "body")
 		return in
 	}
-	if raw, n := body.member("title"); n > 0 {
+	if raw := body.members["title"].raw; raw != nil {
 		in.title = v.text(raw, "title", 1, maxTitle)
 	} else if create {
 		v.add("missing", "Field required", body.raw, nil, "body", "title")
 	}
-	if raw, n := body.member("description"); n > 0 {
+	if raw := body.members["description"].raw; raw != nil {
 		in.hasDescription = true
 		if string(raw) != "null" {
 			in.description = v.text(raw, "description", 0, maxBody)
 		}
 	}
-	if raw, n := body.member("is_completed"); n > 0 && !create {
+	if raw := body.members["is_completed"].raw; raw != nil && !create {
 		value := string(raw) == "true"
 		if in.isCompleted = &value; !value && string(raw) != "false" {
 			v.add("bool_type", "Input should be a valid boolean", raw, nil, "body", "is_completed")
@@ -118,14 +118,9 @@ func (v *validation) text(raw []byte, name string, lower, upper int) *string {
 	return &text
 }
 
-// taskID reads the path's task_id. A number beyond int64 becomes the nearest one: no task has it.
+// taskID reads the path's task_id.
 func (v *validation) taskID(r *http.Request) int64 {
-	text := r.PathValue("task_id")
-	digits := strings.TrimPrefix(strings.TrimPrefix(text, "-"), "+")
-	if len(text)-len(digits) > 1 || digits == "" || strings.Trim(digits, "0123456789") != "" {
-		v.integer(text, "path", "task_id")
-	}
-	id, _ := strconv.ParseInt(text, 10, 64)
+	id, _ := v.integer(r.PathValue("task_id"), "path", "task_id")
 	return id
 }
 

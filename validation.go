@@ -3,6 +3,8 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"regexp"
+	"strconv"
 	"unicode/utf8"
 )
 
@@ -53,7 +55,13 @@ func (v *validation) length(text string, lower, upper int, input []byte, loc ...
 	}
 }
 
-// integer adds the fault of a text that is not one.
-func (v *validation) integer(text string, loc ...any) {
-	v.add("int_parsing", "Input should be a valid integer, unable to parse string as an integer", quote(text), nil, loc...)
+var anInteger = regexp.MustCompile(`^[+-]?[0-9]+$`)
+
+// integer reads a whole number. One beyond int64 becomes the nearest within, which no task has for an id.
+func (v *validation) integer(text string, loc ...any) (n int64, ok bool) {
+	if ok = anInteger.MatchString(text); !ok {
+		v.add("int_parsing", "Input should be a valid integer, unable to parse string as an integer", quote(text), nil, loc...)
+	}
+	n, _ = strconv.ParseInt(text, 10, 64)
+	return n, ok
 }
