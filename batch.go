@@ -5,7 +5,6 @@ import (
 	"database/sql/driver"
 	"errors"
 	"fmt"
-	"runtime/debug"
 	"slices"
 	"sync"
 	"time"
@@ -123,7 +122,7 @@ func (b *batcher) next() {
 func (b *batcher) run(ctx context.Context, cancel func(), members []*member) {
 	defer b.statement()()
 	defer cancel()
-	err := b.attempt(ctx, members)
+	err := recovered(func() error { return b.together(ctx, members) }) // here no net/http stands above
 	// What was refused, or cancelled, may have been so for the sake of one, or for being a batch (0A000,
 	// feature_not_supported): alone, the others get their answers.
 	if pq.As(err, "0A000") != nil || err != nil && !inDoubt(err) && !harmless(err) && !errors.Is(err, errPanic) {
@@ -135,16 +134,6 @@ func (b *batcher) run(ctx context.Context, cancel func(), members []*member) {
 		}
 		close(m.done)
 	}
-}
-
-// attempt runs the statement; here no net/http stands above to recover from a panic.
-func (b *batcher) attempt(ctx context.Context, members []*member) (err error) {
-	defer func() {
-		if cause := recover(); cause != nil {
-			err = fmt.Errorf("%w: %v\n%s", errPanic, cause, debug.Stack())
-		}
-	}()
-	return b.together(ctx, members)
 }
 
 // whereSmall leaves out tasks that are better sent alone: see maxBatchText.

@@ -20,8 +20,8 @@ const (
 // cors lets pages of the given origins call next (Fetch standard, section 3.2 "CORS protocol"). It
 // stands outside all that can answer with an error, so that a page can read that too, and answers
 // preflights itself: they come without a token.
-func cors(origins []string, next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+func cors(origins []string, next handler) handler {
+	return func(w *response, r *http.Request) error {
 		h := w.Header()
 		h["Vary"] = []string{"Origin"} // also without an Origin: a cache must not hand this answer to a page
 		origin := r.Header["Origin"]
@@ -37,13 +37,13 @@ func cors(origins []string, next http.Handler) http.Handler {
 				h.Set("Access-Control-Max-Age", corsMaxAge)
 			}
 			w.WriteHeader(http.StatusNoContent)
-			return
+			return nil
 		}
 		if allowed {
 			h["Access-Control-Expose-Headers"] = []string{corsExposed}
 		}
-		next.ServeHTTP(w, r)
-	})
+		return next(w, r)
+	}
 }
 
 // parseOrigins reads a comma-separated list of origins, each just as a browser serialises it (HTML

@@ -210,7 +210,7 @@ func nextPage(user, rawQuery, cursor string) string {
 
 // streamTasks sends a list of any length from its first chunk on, and returns the buffer. The connection
 // to the database is given back before a chunk goes out. A failure now breaks the connection to the
-// client, so that nobody takes a cut list for a whole one.
+// client, in logged.
 func (s *server) streamTasks(w *response, r *http.Request, user string, q listQuery, c chunk) ([]byte, error) {
 	w.Header()["Content-Type"] = []string{"application/json"}
 	w.WriteHeader(http.StatusOK)
@@ -229,8 +229,7 @@ func (s *server) streamTasks(w *response, r *http.Request, user string, q listQu
 			c, err = s.tasks().chunk(r.Context(), user, q, tasks, chunkBytes, buffer)
 		}
 		if err != nil {
-			w.cause = err
-			panic(http.ErrAbortHandler)
+			return c.json, err
 		}
 		if len(c.json) == 1 { // the tasks that were to follow the comma have been deleted meanwhile
 			c.json = c.json[:0]

@@ -14,6 +14,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"path"
 	"regexp"
 	"runtime/debug"
 	"strconv"
@@ -40,8 +41,12 @@ type server struct {
 	private     *devDB // nil with a DATABASE_URL
 	store       atomic.Pointer[store]
 	draining    atomic.Bool // since the first signal
-	ready       readiness
-	buffers     sync.Pool // of *[]byte, for lists
+	ready       struct {    // what the database said last, to be asked again from next on
+		sync.Mutex
+		next time.Time
+		err  error
+	}
+	buffers sync.Pool // of *[]byte, for lists
 }
 
 var errPanic = errors.New("panic")
@@ -71,13 +76,12 @@ func (s *server) routes() []route {
 }
 
 // handler is the way of a request: log and recover, CORS, route, auth (in own), handler.
-func (s *server) handler() http.Handler { return s.logged(cors(s.origins, s.routed(s.routes()))) }
+func (s *server) handler() http.Handler { return s.logged(cors(s.origins, routed(s.routes()))) }
 
 // routed sends a request to its route. net/http's ServeMux would redirect unclean paths and answer
 // 404 and 405 in plain text.
-func (s *server) routed(routes []route) http.Handler {
-	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
-		w := rw.(*response)
+func routed(routes []route) handler {
+	return func(w *response, r *http.Request) error {
 		var allow []string
 		for _, route := range routes {
 			if !matches(route.pattern, r) {
@@ -85,22 +89,18 @@ func (s *server) routed(routes []route) http.Handler {
 			}
 			r.Pattern = route.pattern
 			if route.method == r.Method || route.method == "GET" && r.Method == "HEAD" {
-				if err := route.handler(w, r); err != nil {
-					s.fail(w, r, err)
-				}
-				return
+				return route.handler(w, r)
 			}
 			if allow = append(allow, route.method); route.method == "GET" {
 				allow = append(allow, "HEAD")
 			}
 		}
 		if allow == nil {
-			s.fail(w, r, &httpError{http.StatusNotFound, "Not Found"})
-			return
+			return &httpError{http.StatusNotFound, "Not Found"}
 		}
 		w.Header().Set("Allow", strings.Join(allow, ", "))
-		s.fail(w, r, &httpError{http.StatusMethodNotAllowed, "Method Not Allowed"})
-	})
+		return &httpError{http.StatusMethodNotAllowed, "Method Not Allowed"}
+	}
 }
 
 // matches compares the escaped path with a pattern, segment by segment, and sets the path values. A
@@ -161,7 +161,7 @@ var saneRequestID = regexp.MustCompile(`^[A-Za-z0-9._-]{1,128}$`)
 
 // logged is outermost: it names the request, bounds its body in time, recovers from panics, and
 // writes the log line.
-func (s *server) logged(next http.Handler) http.Handler {
+func (s *server) logged(next handler) http.Handler {
 	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		start, w := time.Now(), &response{ResponseWriter: rw}
 		id := r.Header.Get("X-Request-ID")
@@ -178,23 +178,28 @@ func (s *server) logged(next http.Handler) http.Handler {
 		if r.ContentLength != 0 {
 			_ = http.NewResponseController(rw).SetReadDeadline(start.Add(bodyTimeout))
 		}
-		defer func() {
-			cause := recover()
-			if cause != nil && cause != http.ErrAbortHandler {
-				err := fmt.Errorf("%w: %v", errPanic, cause)
-				if cause = http.ErrAbortHandler; w.status == 0 {
-					s.fail(w, r, err)
-					cause = nil
-				}
-				w.cause = fmt.Errorf("%w\n%s", err, debug.Stack())
-			}
-			s.logRequest(w, r, id, time.Since(start))
-			if cause != nil {
-				panic(cause) // breaks the connection
-			}
-		}()
-		next.ServeHTTP(w, r)
+		err := recovered(func() error { return next(w, r) })
+		broken := err != nil && w.status != 0 // after the beginning of an answer
+		if broken {
+			w.cause = err
+		} else if err != nil {
+			s.fail(w, r, err)
+		}
+		s.logRequest(w, r, id, time.Since(start))
+		if broken {
+			panic(http.ErrAbortHandler) // breaks the connection, so that nobody takes what has gone out for all
+		}
 	})
+}
+
+// recovered runs f, and makes an error of a panic.
+func recovered(f func() error) (err error) {
+	defer func() {
+		if cause := recover(); cause != nil {
+			err = fmt.Errorf("%w: %v\n%s", errPanic, cause, debug.Stack())
+		}
+	}()
+	return f()
 }
 
 // logRequest writes the one line about a request. A bug is an error, an outage a warning.
@@ -247,7 +252,8 @@ func (s *server) fail(w *response, r *http.Request, err error) {
 		w.cause = err
 	default:
 		if w.cause = err; s.development {
-			detail = fmt.Sprintf("Internal server error: %v", err)
+			cause, _, _ := strings.Cut(err.Error(), "\n") // without the stack of a panic
+			detail = "Internal server error: " + cause
 		}
 	}
 	if status == http.StatusUnauthorized {
@@ -256,13 +262,11 @@ func (s *server) fail(w *response, r *http.Request, err error) {
 	if r.ContentLength != 0 && r.Header.Get("Expect") == "" {
 		_, _ = io.CopyN(io.Discard, r.Body, drainBytes)
 	}
-	body := bytes.NewBuffer(make([]byte, 0, 256))
-	encoder := json.NewEncoder(body)
-	encoder.SetEscapeHTML(false)
-	if err := encoder.Encode(map[string]any{"detail": detail}); err != nil {
+	body, err := json.Marshal(map[string]any{"detail": detail})
+	if err != nil {
 		panic(err)
 	}
-	_ = w.json(status, bytes.TrimSuffix(body.Bytes(), []byte("\n")))
+	_ = w.json(status, body)
 }
 
 // readBody reads the body of a POST or PATCH as JSON. Its value is empty when the body is.
@@ -289,8 +293,12 @@ func readBody(w *response, r *http.Request) (jsonValue, error) {
 		return jsonValue{}, &httpError{http.StatusBadRequest, "Request body incomplete or malformed"}
 	}
 	_ = control.SetReadDeadline(time.Time{})
-	if types, ok := r.Header["Content-Type"]; ok && !isJSON(types) {
-		return jsonValue{}, &httpError{http.StatusUnsupportedMediaType, "Unsupported media type"}
+	if lines, ok := r.Header["Content-Type"]; ok {
+		media, _, err := mime.ParseMediaType(strings.Join(lines, ", ")) // of two lines: malformed
+		structured, _ := path.Match("?*/?*+json", media)
+		if err != nil || media != "application/json" && !structured {
+			return jsonValue{}, &httpError{http.StatusUnsupportedMediaType, "Unsupported media type"}
+		}
 	}
 	if text.Len() == 0 {
 		return jsonValue{}, nil
@@ -304,37 +312,8 @@ func readBody(w *response, r *http.Request) (jsonValue, error) {
 	return body, nil
 }
 
-// isJSON reports whether a Content-Type is application/json or anything/anything+json.
-func isJSON(lines []string) bool {
-	media, _, err := mime.ParseMediaType(lines[0])
-	kind, subtype, ok := strings.Cut(media, "/")
-	structured := len(subtype) > len("+json") && strings.HasSuffix(subtype, "+json")
-	return len(lines) == 1 && err == nil && ok && kind != "" && (media == "application/json" || structured)
-}
-
 func (s *server) health(w *response, _ *http.Request) error {
 	return w.json(http.StatusOK, []byte(`{"status":"healthy"}`))
-}
-
-// readyz tells whether to send requests here.
-func (s *server) readyz(w *response, r *http.Request) error {
-	if s.draining.Load() {
-		return fmt.Errorf("%w: shutting down", errUnavailable)
-	}
-	if err := s.ready.check(r.Context(), s.tasks()); err != nil {
-		return err
-	}
-	return w.json(http.StatusOK, []byte(`{"status":"ready"}`))
-}
-
-// tasks returns the store, nil as long as the database has not been reached.
-func (s *server) tasks() *store { return s.store.Load() }
-
-// readiness remembers what the database said last, for readyPeriod.
-type readiness struct {
-	mu   sync.Mutex
-	next time.Time
-	err  error
 }
 
 const (
@@ -342,22 +321,29 @@ const (
 	readyTimeout = 2 * time.Second
 )
 
-// check asks the database, at most once in readyPeriod, whether it answers and has the schema.
-func (c *readiness) check(ctx context.Context, s *store) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if time.Now().Before(c.next) {
-		return c.err
+// readyz tells whether to send requests here: the database is asked, at most once in readyPeriod, whether it
+// answers and has the schema.
+func (s *server) readyz(w *response, r *http.Request) error {
+	store := s.tasks()
+	if s.draining.Load() || store == nil {
+		return fmt.Errorf("%w: not connected yet, or shutting down", errUnavailable)
 	}
-	if s == nil {
-		return fmt.Errorf("%w: not connected yet", errUnavailable)
+	s.ready.Lock()
+	defer s.ready.Unlock()
+	if time.Now().After(s.ready.next) {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), min(readyTimeout, store.timeout))
+		defer cancel()
+		applied, err := store.schemaApplied(ctx)
+		if err == nil && !applied {
+			err = fmt.Errorf("%w: the schema is not in place", errUnavailable)
+		}
+		s.ready.err, s.ready.next = err, time.Now().Add(readyPeriod) // from the answer on: those who waited for it take it
 	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), min(readyTimeout, s.timeout))
-	defer cancel()
-	applied, err := s.schemaApplied(ctx)
-	c.next = time.Now().Add(readyPeriod) // from the answer on: those who waited for it take it
-	if c.err = err; err == nil && !applied {
-		c.err = fmt.Errorf("%w: the schema is not in place", errUnavailable)
+	if s.ready.err != nil {
+		return s.ready.err
 	}
-	return c.err
+	return w.json(http.StatusOK, []byte(`{"status":"ready"}`))
 }
+
+// tasks returns the store, nil as long as the database has not been reached.
+func (s *server) tasks() *store { return s.store.Load() }
