@@ -35,8 +35,22 @@ type authenticator struct {
 	jwks     *jwks  // nil: everything else is refused
 	issuer   string // "" for any
 	audience string // "" for any
-	verified tokenCache
+
+	mu       sync.Mutex
+	verified map[string]verified // tokens whose signature and claims were found good
 }
+
+// verified is what is left to check of a token each time: the expiry, and that the keys are still the same.
+type verified struct {
+	user string
+	exp  float64 // seconds since 1970
+	keys *[]jwk  // that were known
+}
+
+const (
+	maxVerified      = 4096 // tokens; when that many are remembered, all are forgotten
+	maxVerifiedBytes = 2048 // in one token; one that is longer is checked each time
+)
 
 // own guards a route: next runs only for the user whom both the token and the path name.
 func (a *authenticator) own(next func(*response, *http.Request, string) error) handler {
@@ -73,19 +87,32 @@ func bearer(lines []string) (string, error) {
 // subject returns the user whom the token names. It fails with errInvalidToken, errExpiredToken, or errJWKSDown.
 func (a *authenticator) subject(ctx context.Context, token string) (string, error) {
 	now, keys := float64(time.Now().UnixNano())/1e9, a.jwks.current()
-	v, ok := a.verified.load(token)
+	a.mu.Lock()
+	v, ok := a.verified[token]
+	a.mu.Unlock()
 	if !ok || v.keys != keys {
 		var err error
 		if v, err = a.judge(ctx, token, now); err != nil {
 			return "", err
 		}
 		v.keys = keys
-		a.verified.store(token, v)
+		a.remember(token, v)
 	}
 	if now >= v.exp {
 		return "", errExpiredToken
 	}
 	return v.user, nil
+}
+
+func (a *authenticator) remember(token string, v verified) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if len(a.verified) == maxVerified || a.verified == nil {
+		a.verified = map[string]verified{}
+	}
+	if len(token) <= maxVerifiedBytes {
+		a.verified[strings.Clone(token)] = v
+	}
 }
 
 // judge checks all of a token but its expiry.
@@ -116,9 +143,8 @@ func (a *authenticator) verify(ctx context.Context, header jsonValue, signed str
 		}
 		return nil
 	}
-	method := asymmetric[alg]
 	kid, ok := claimText(header, "kid")
-	if a.jwks == nil || method == nil || !ok {
+	if a.jwks == nil || !slices.Contains(asymmetric, alg) || !ok {
 		return invalid("alg, or no kid")
 	}
 	keys, err := a.jwks.keys(ctx, kid)
@@ -126,7 +152,7 @@ func (a *authenticator) verify(ctx context.Context, header jsonValue, signed str
 		return err
 	}
 	for _, key := range keys {
-		if key.verifies(alg) && method.Verify(signed, signature, key.public) == nil {
+		if slices.Contains(key.algorithms, alg) && jwt.GetSigningMethod(alg).Verify(signed, signature, key.public) == nil {
 			return nil
 		}
 	}
@@ -201,7 +227,7 @@ func claimHolds(v jsonValue, name, text string) bool {
 }
 
 // developmentToken makes a token that this service accepts, for the user and time given.
-func (a *authenticator) developmentToken(user string, ttl time.Duration) (string, error) {
+func (a *authenticator) developmentToken(user string, ttl time.Duration) string {
 	now := time.Now()
 	claims := jwt.MapClaims{"sub": user, "iat": now.Unix(), "exp": now.Add(ttl).Unix()}
 	if a.issuer != "" {
@@ -210,41 +236,6 @@ func (a *authenticator) developmentToken(user string, ttl time.Duration) (string
 	if a.audience != "" {
 		claims["aud"] = a.audience
 	}
-	return jwt.NewWithClaims(jwt.SigningMethodHS256, claims).SignedString(a.secret)
-}
-
-// A tokenCache remembers tokens whose signature and claims were found good, with what is left to check
-// each time: the expiry, and that the keys are still the same.
-type tokenCache struct {
-	mu     sync.Mutex
-	tokens map[string]verified
-}
-
-type verified struct {
-	user string
-	exp  float64 // seconds since 1970
-	keys *[]jwk  // that were known
-}
-
-const (
-	maxVerified      = 4096 // tokens; when that many are remembered, all are forgotten
-	maxVerifiedBytes = 2048 // in one token; one that is longer is checked each time
-)
-
-func (c *tokenCache) load(token string) (v verified, ok bool) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	v, ok = c.tokens[token]
-	return v, ok
-}
-
-func (c *tokenCache) store(token string, v verified) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if len(c.tokens) == maxVerified || c.tokens == nil {
-		c.tokens = map[string]verified{}
-	}
-	if len(token) <= maxVerifiedBytes {
-		c.tokens[strings.Clone(token)] = v
-	}
+	token, _ := jwt.NewWithClaims(jwt.SigningMethodHS256, claims).SignedString(a.secret) // no error with a key of bytes
+	return token
 }

@@ -316,7 +316,7 @@ func TestOnlySomeTokensAreRemembered(t *testing.T) {
 	}
 	a.says(t, tokenGood, "ann", withSecret(t, headerHS256, strings.Repeat(" ", maxVerifiedBytes)+claimsOfAnn))
 	a.says(t, tokenInvalid, "ann", withSecret(t, headerHS256, `{}`))
-	if n := len(a.verified.tokens); n != 1 {
+	if n := len(a.verified); n != 1 {
 		t.Errorf("%d are remembered", n)
 	}
 }

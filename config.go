@@ -7,7 +7,6 @@ import (
 	"net/netip"
 	"net/url"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/lib/pq"
@@ -65,8 +64,11 @@ func parseConfig(getenv func(string) string) (config, error) {
 	} else if !c.development {
 		fault("DATABASE_URL", "is required in production: a PostgreSQL URL, like postgres://user:password@host/database")
 	}
-	if err := c.checkSecret(); err != nil {
-		fault("BETTER_AUTH_SECRET", "%w", err)
+	switch n := len(c.secret); {
+	case n == 0 && c.jwksURL == "" && !c.development:
+		fault("BETTER_AUTH_SECRET", "or BETTER_AUTH_JWKS_URL is required in production: without one nobody can sign in")
+	case n > 0 && n < minSecret:
+		fault("BETTER_AUTH_SECRET", "has %d bytes and needs at least %d: make one with `openssl rand -base64 32`", n, minSecret)
 	}
 	if c.jwksURL != "" {
 		if err := checkJWKSURL(c.jwksURL); err != nil {
@@ -82,30 +84,19 @@ func parseConfig(getenv func(string) string) (config, error) {
 		fault("CORS_ORIGINS", "%w", err)
 	}
 	if n, err := strconv.ParseUint(c.port, 10, 16); err != nil || n == 0 {
-		fault("PORT", "must be a number from 1 to 65535, not %s", quoted(c.port))
+		fault("PORT", "must be a number from 1 to 65535")
 	}
-	size, timeout := value("DB_POOL_SIZE", strconv.Itoa(defaultPoolSize)), value("DB_POOL_TIMEOUT", "5s")
-	if c.poolSize, err = strconv.Atoi(size); err != nil || c.poolSize < 1 {
-		fault("DB_POOL_SIZE", "must be a positive number of connections, not %s", quoted(size))
+	if c.poolSize, err = strconv.Atoi(value("DB_POOL_SIZE", strconv.Itoa(defaultPoolSize))); err != nil || c.poolSize < 1 {
+		fault("DB_POOL_SIZE", "must be a positive number of connections")
 	}
-	if c.poolTimeout, err = time.ParseDuration(timeout); err != nil || c.poolTimeout <= 0 || c.poolTimeout > maxPoolTimeout {
-		fault("DB_POOL_TIMEOUT", "must be a duration like 5s or 500ms, at most %s, not %s", maxPoolTimeout, quoted(timeout))
+	c.poolTimeout, err = time.ParseDuration(value("DB_POOL_TIMEOUT", "5s"))
+	if err != nil || c.poolTimeout <= 0 || c.poolTimeout > maxPoolTimeout {
+		fault("DB_POOL_TIMEOUT", "must be a duration like 5s or 500ms, at most %s", maxPoolTimeout)
 	}
 	if faults != nil {
 		return c, configError{errors.Join(faults...)}
 	}
 	return c, nil
-}
-
-// checkSecret wants a secret that is long enough, where one is needed.
-func (c config) checkSecret() error {
-	switch n := len(c.secret); {
-	case n == 0 && c.jwksURL == "" && !c.development:
-		return errors.New("or BETTER_AUTH_JWKS_URL is required in production: without one nobody can sign in")
-	case n > 0 && n < minSecret:
-		return fmt.Errorf("has %d bytes and needs at least %d: make one with `openssl rand -base64 32`", n, minSecret)
-	}
-	return nil
 }
 
 // checkJWKSURL takes https, and http to this machine: keys that came unprotected over a network could
@@ -125,15 +116,4 @@ func checkJWKSURL(text string) error {
 func isLoopback(host string) bool {
 	addr, err := netip.ParseAddr(host)
 	return host == "localhost" || err == nil && addr.IsLoopback()
-}
-
-// quoted shows a value to the operator, cut where it is long, and without what may be a password.
-func quoted(text string) string {
-	if at := strings.LastIndex(text, "@"); at >= 0 {
-		text = "…" + text[at:]
-	}
-	if len(text) > 60 {
-		text = strings.ToValidUTF8(text[:60], "") + "…"
-	}
-	return strconv.Quote(text)
 }

@@ -204,7 +204,7 @@ func TestTaskflowTokenPrintsATokenThatTheServiceAccepts(t *testing.T) {
 		a.issuer, a.audience = getenv("BETTER_AUTH_ISSUER"), getenv("BETTER_AUTH_AUDIENCE")
 		token, ok := strings.CutSuffix(stdout.String(), "\n")
 		a.says(t, tokenGood, user, token)
-		if left := time.Unix(int64(a.verified.tokens[token].exp), 0).Sub(start); !ok || err != nil || stderr.Len() > 0 || left < c.lasts ||
+		if left := time.Unix(int64(a.verified[token].exp), 0).Sub(start); !ok || err != nil || stderr.Len() > 0 || left < c.lasts ||
 			left > c.lasts+10*time.Second {
 			t.Errorf("%q with %q: lasts %s, %v\n%s%s", c.args, c.variables, left, err, &stdout, &stderr)
 		}

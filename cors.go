@@ -1,7 +1,7 @@
 package main
 
 import (
-	"errors"
+	"fmt"
 	"net/http"
 	"net/netip"
 	"regexp"
@@ -48,13 +48,13 @@ func cors(origins []string, next handler) handler {
 
 // parseOrigins reads a comma-separated list of origins, each just as a browser serialises it (HTML
 // standard, "ASCII serialisation of an origin").
-func parseOrigins(list string) (origins []string, err error) {
-	for origin := range strings.SplitSeq(list, ",") {
-		origin = strings.Trim(origin, " \t")
-		if fault := originFault(origin); fault != "" {
-			return nil, errors.New(quoted(origin) + " is not an origin like https://app.example.com: " + fault)
+func parseOrigins(list string) ([]string, error) {
+	origins := strings.Split(list, ",")
+	for i := range origins {
+		origins[i] = strings.Trim(origins[i], " \t")
+		if fault := originFault(origins[i]); fault != "" {
+			return nil, fmt.Errorf("number %d is not an origin like https://app.example.com: %s", i+1, fault)
 		}
-		origins = append(origins, origin)
 	}
 	return origins, nil
 }

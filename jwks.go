@@ -19,8 +19,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
-
-	"github.com/golang-jwt/jwt/v5"
 )
 
 var errJWKSDown = errors.New("the key of a token is unknown and the JWKS endpoint cannot be asked")
@@ -34,13 +32,7 @@ const (
 )
 
 // asymmetric has the algorithms that Better Auth can sign with (RFC 7518, RFC 8037).
-var asymmetric = map[string]jwt.SigningMethod{
-	"EdDSA": jwt.SigningMethodEdDSA,
-	"ES256": jwt.SigningMethodES256,
-	"ES512": jwt.SigningMethodES512,
-	"RS256": jwt.SigningMethodRS256,
-	"PS256": jwt.SigningMethodPS256,
-}
+var asymmetric = []string{"EdDSA", "ES256", "ES512", "RS256", "PS256"}
 
 // A jwk is a public key (RFC 7517) with the algorithms that it may verify.
 type jwk struct {
@@ -49,18 +41,21 @@ type jwk struct {
 	public     crypto.PublicKey
 }
 
-func (k jwk) verifies(alg string) bool { return slices.Contains(k.algorithms, alg) }
-
 // A jwks is the key set that Better Auth publishes at url. Reading known keys waits for nothing.
 type jwks struct {
 	url    string
 	client *http.Client
 	known  atomic.Pointer[[]jwk]
 
-	mu      sync.Mutex
-	started time.Time     // the last fetch
-	running chan struct{} // closed when the fetch under way ends; nil when there is none
-	failed  bool          // the last fetch
+	mu   sync.Mutex
+	last *fetch // nil before the first
+}
+
+// A fetch is one question to the endpoint. Its error is there once done is closed.
+type fetch struct {
+	started time.Time
+	done    chan struct{}
+	err     error
 }
 
 func newJWKS(url string) *jwks {
@@ -76,12 +71,10 @@ func newJWKS(url string) *jwks {
 
 // refresh fetches the keys now and every fetchPeriod until ctx ends.
 func (j *jwks) refresh(ctx context.Context) {
-	tick := time.NewTicker(fetchPeriod)
-	defer tick.Stop()
 	for ctx.Err() == nil {
-		j.fetchOnce()
+		j.latest()
 		select {
-		case <-tick.C:
+		case <-time.After(fetchPeriod):
 		case <-ctx.Done():
 		}
 	}
@@ -94,17 +87,14 @@ func (j *jwks) keys(ctx context.Context, kid string) ([]jwk, error) {
 	if keys := j.lookup(kid); keys != nil {
 		return keys, nil
 	}
-	if running := j.fetchOnce(); running != nil {
-		select {
-		case <-running:
-		case <-ctx.Done():
-			return nil, fmt.Errorf("%w: %w", errJWKSDown, ctx.Err())
-		}
+	f := j.latest()
+	select {
+	case <-f.done:
+	case <-ctx.Done():
+		return nil, fmt.Errorf("%w: %w", errJWKSDown, ctx.Err())
 	}
 	keys := j.lookup(kid)
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	if keys == nil && j.failed {
+	if keys == nil && f.err != nil {
 		return nil, errJWKSDown
 	}
 	return keys, nil
@@ -127,29 +117,26 @@ func (j *jwks) lookup(kid string) (keys []jwk) {
 	return keys
 }
 
-// fetchOnce starts a fetch unless one is under way or has started within fetchInterval. It returns a
-// channel that is closed at the end of the fetch under way, nil when there is none.
-func (j *jwks) fetchOnce() <-chan struct{} {
+// latest returns the last fetch, a new one when that has started longer ago than fetchInterval: so only one
+// is under way, since none takes longer than fetchTimeout.
+func (j *jwks) latest() *fetch {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if j.running != nil || time.Since(j.started) < fetchInterval {
-		return j.running
+	if j.last != nil && time.Since(j.last.started) < fetchInterval {
+		return j.last
 	}
-	running := make(chan struct{})
-	j.running, j.started = running, time.Now()
+	f := &fetch{started: time.Now(), done: make(chan struct{})}
+	j.last = f
 	go func() {
-		defer close(running)
+		defer close(f.done)
 		keys, err := j.fetch()
-		if err == nil {
+		if f.err = err; err == nil {
 			j.known.Store(&keys)
 		} else {
 			slog.Warn("fetching the JWKS failed; known keys go on working", "error", err)
 		}
-		j.mu.Lock()
-		defer j.mu.Unlock()
-		j.running, j.failed = nil, err != nil
 	}()
-	return running
+	return f
 }
 
 // fetch asks the endpoint once. An answer is good when it is a JWKS, be it an empty one; keys in it
@@ -163,12 +150,9 @@ func (j *jwks) fetch() ([]jwk, error) {
 	if response.StatusCode != http.StatusOK {
 		return nil, fmt.Errorf("the endpoint answered %s", response.Status)
 	}
-	body, err := io.ReadAll(io.LimitReader(response.Body, fetchBytes+1))
+	body, err := io.ReadAll(http.MaxBytesReader(nil, response.Body, fetchBytes))
 	if err != nil {
 		return nil, err
-	}
-	if len(body) > fetchBytes {
-		return nil, fmt.Errorf("the answer is longer than %d bytes", fetchBytes)
 	}
 	var set struct{ Keys []json.RawMessage }
 	if err := json.Unmarshal(body, &set); err != nil || set.Keys == nil {

@@ -24,7 +24,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -81,7 +80,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 		_, err = fmt.Fprintln(stdout, version())
 		return err
 	case command == "healthcheck": // where the service runs, its configuration has been judged
-		return healthcheck(ctx, cfg)
+		return healthcheck(cfg)
 	case command == "-h" || command == "-help" || command == "--help":
 		_, err = fmt.Fprintln(stdout, usage)
 		return err
@@ -135,24 +134,15 @@ func printToken(cfg config, args []string, stdout io.Writer) error {
 	if err != nil {
 		return err
 	}
-	token, err := auth.developmentToken(user, *ttl)
-	if err != nil {
-		return err
-	}
-	_, err = fmt.Fprintln(stdout, token)
+	_, err = fmt.Fprintln(stdout, auth.developmentToken(user, *ttl))
 	return err
 }
 
-// healthcheck asks the service that runs with the same configuration.
-func healthcheck(ctx context.Context, cfg config) error {
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
-	defer cancel()
-	url := "http://" + net.JoinHostPort(cmp.Or(cfg.host, "0.0.0.0"), cfg.port) + "/health" // the net package dials loopback for it
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
-	if err != nil {
-		return err
-	}
-	response, err := (&http.Transport{}).RoundTrip(request) // no proxy
+// healthcheck asks the service that runs with the same configuration. An address that stands for all of this
+// machine's is dialled as its loopback address.
+func healthcheck(cfg config) error {
+	client := http.Client{Timeout: 3 * time.Second, Transport: &http.Transport{}} // no proxy
+	response, err := client.Get("http://" + net.JoinHostPort(cfg.host, cfg.port) + "/health")
 	if err != nil {
 		return fmt.Errorf("healthcheck: %w", err)
 	}
@@ -308,34 +298,25 @@ func (s *server) close() (err error) {
 // shutdown closes the listener after drainTime and waits for the requests in flight; at finishTime it
 // abandons them, which makes them answer 503.
 func shutdown(httpServer *http.Server, abandon func(), failed <-chan error) error {
-	deadline := time.Now().Add(finishTime)
+	defer time.AfterFunc(finishTime, abandon).Stop()
+	ctx, cancel := context.WithTimeout(context.Background(), finishTime+abandonTime)
+	defer cancel()
 	select {
 	case <-time.After(drainTime):
+		return errors.Join(httpServer.Shutdown(ctx), httpServer.Close())
 	case err := <-failed:
 		return err
 	}
-	timer := time.AfterFunc(time.Until(deadline), abandon)
-	defer timer.Stop()
-	ctx, cancel := context.WithDeadline(context.Background(), deadline.Add(abandonTime))
-	defer cancel()
-	if err := httpServer.Shutdown(ctx); err != nil {
-		return errors.Join(err, httpServer.Close())
-	}
-	return nil
 }
 
 // pasteLine is a command for a shell that lists the tasks of demoUser.
 func pasteLine(auth *authenticator, address *net.TCPAddr) string {
-	token, err := auth.developmentToken(demoUser, demoTokenTTL)
-	if err != nil {
-		return err.Error()
-	}
 	host := address.IP.String()
 	if address.IP.IsUnspecified() {
 		host = "localhost"
 	}
 	return fmt.Sprintf("curl -H 'Authorization: Bearer %s' http://%s/api/%s/tasks",
-		token, net.JoinHostPort(host, fmt.Sprint(address.Port)), demoUser)
+		auth.developmentToken(demoUser, demoTokenTTL), net.JoinHostPort(host, fmt.Sprint(address.Port)), demoUser)
 }
 
 // A patientListener's connections wait for a slow reader as long as it takes something within limit.
