@@ -52,10 +52,6 @@ func (s *store) share(ctx context.Context, b *batcher, m *member, alone func(con
 	if text := m.in.description; s.distributed.Load() || text != nil && len(*text) > maxBatchText {
 		return alone(ctx)
 	}
-	return b.do(ctx, m, alone)
-}
-
-func (b *batcher) do(ctx context.Context, m *member, alone func(context.Context) (task, error)) (task, error) {
 	b.mu.Lock()
 	if !b.busy {
 		b.busy = true
@@ -153,17 +149,16 @@ func (s *store) createTogether(ctx context.Context, members []*member) error {
 	const query = `INSERT INTO tasks (user_id, title, description)
 		SELECT * FROM unnest($1::text[], $2::text[], $3::text[]) RETURNING ` + taskColumns + `, user_id`
 	return perform(ctx, s.db, query, arguments(column(members, owner), column(members, title), column(members, description)),
-		func(row []driver.Value) error {
+		func(row []driver.Value) {
 			// The rows come in the order of the arrays, but nobody promises it: each goes to who asked for its text.
 			t := scanTask(row, row[len(row)-1].(string))
 			var m *member
 			for _, other := range members {
-				if other.err == errAlone && other.user == t.userID && (m == nil || other.in.text() == t.text()) {
+				if other.err == errAlone && other.user == t.userID && (m == nil || other.in.made(t)) {
 					m = other
 				}
 			}
 			m.task, m.err = t, nil
-			return nil
 		})
 }
 
@@ -184,11 +179,10 @@ func (s *store) changeTogether(ctx context.Context, members []*member) error {
 }
 
 // deliver answers the members by rows of taskColumns and the number of the member, from 1 on.
-func deliver(members []*member) func([]driver.Value) error {
-	return func(row []driver.Value) error {
+func deliver(members []*member) func([]driver.Value) {
+	return func(row []driver.Value) {
 		m := members[row[len(row)-1].(int64)-1]
 		m.task, m.err = scanTask(row, m.user), nil
-		return nil
 	}
 }
 

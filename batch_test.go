@@ -309,7 +309,7 @@ func TestABatchHasTimeToEndAfterTheFirstDeadline(t *testing.T) {
 	b.share(t, 3, func(i int) {
 		ctx, cancel := context.WithDeadline(t.Context(), now.Add([]time.Duration{2, 1, 3}[i]*time.Hour))
 		defer cancel()
-		if got, err := b.do(ctx, &member{}, alone); err != nil || got.id != 7 {
+		if got, err := new(store).share(ctx, b, &member{}, alone); err != nil || got.id != 7 {
 			t.Errorf("%d: %v, %v", i, got, err)
 		}
 	})
@@ -329,7 +329,7 @@ func TestABatchEndsWhenAllHaveHungUp(t *testing.T) {
 		return ctx.Err()
 	}}
 	b.share(t, 3, func(int) {
-		if _, err := b.do(ctx, &member{}, nil); !errors.Is(err, context.Canceled) {
+		if _, err := new(store).share(ctx, b, &member{}, nil); !errors.Is(err, context.Canceled) {
 			t.Error(err)
 		}
 	})
@@ -355,7 +355,7 @@ func TestABatcherAnswersAllThatItTakes(t *testing.T) {
 	}}
 	alone := func(context.Context) (task, error) { return task{}, errors.New("asked alone") }
 	request := func(ctx context.Context, user, want string, failure error) {
-		if got, err := b.do(ctx, &member{user: user}, alone); got.userID != want || !errors.Is(err, failure) {
+		if got, err := new(store).share(ctx, b, &member{user: user}, alone); got.userID != want || !errors.Is(err, failure) {
 			t.Errorf("%s: got %q, %v", user, got.userID, err)
 		}
 	}

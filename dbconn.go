@@ -10,8 +10,10 @@ import (
 	"io"
 	"io/fs"
 	"net"
+	"os"
 	"reflect"
 	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -26,7 +28,8 @@ import (
 
 const (
 	// cancelGrace is how long a statement may go on after its context has ended: the cancel request
-	// comes first, so that the server gives up too, and the read deadline behind it.
+	// comes first, so that the server gives up too; then the connection is closed, which ends whatever waits
+	// for it, also the farewell of TLS.
 	cancelGrace = 700 * time.Millisecond
 	// cancelDial bounds the connection that carries a cancel request.
 	cancelDial = 500 * time.Millisecond
@@ -42,7 +45,7 @@ func (e connectError) Unwrap() error { return e.error }
 
 // A connector opens careful connections; it is what sql.OpenDB takes.
 type connector struct {
-	pq      *pq.Connector
+	*pq.Connector
 	timeout time.Duration // for connecting to one host, the handshake included
 }
 
@@ -57,18 +60,16 @@ func newConnector(cfg pq.Config, timeout time.Duration) *connector {
 	return &connector{inner, timeout / time.Duration(1+len(cfg.Multi))}
 }
 
-func (c *connector) Driver() driver.Driver { return c.pq.Driver() }
-
 // Connect opens a connection. Its error is a connectError.
 func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel() // closes what is left of tries that came to nothing: lib/pq forgets one with sslmode=prefer
-	slot := &dialSlot{timeout: c.timeout}
-	inner, err := c.pq.Connect(context.WithValue(ctx, slotKey{}, slot))
+	slot := &dialSlot{limit: c.timeout}
+	inner, err := c.Connector.Connect(context.WithValue(ctx, dialer{}, slot))
 	if err != nil {
 		return nil, connectError{err}
 	}
-	defer slot.stop()
+	defer slot.conn.keep()
 	conn := &careful{pqConn: inner.(pqConn), net: slot.conn, prepared: map[string]driver.Stmt{}}
 	if err := errors.Join(conn.checkDirect(ctx), slot.conn.SetDeadline(time.Time{})); err != nil {
 		return nil, connectError{errors.Join(err, conn.Close())}
@@ -76,56 +77,39 @@ func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
 	return conn, nil
 }
 
-// A dialSlot brings the network connection that lib/pq asks for back to Connect.
+// A dialSlot takes the time limit to where lib/pq dials, and the network connection back from there.
 type dialSlot struct {
-	timeout time.Duration
-	conn    *netConn
-	stop    func() bool
+	limit time.Duration // for dialling and the handshakes
+	conn  *netConn
 }
 
-type slotKey struct{}
-
-// A dialer dials for lib/pq: for Connect, with a slot in the context, and for cancel requests, without.
-type dialer struct{}
-
-func (dialer) Dial(network, address string) (net.Conn, error) {
-	return dialer{}.DialContext(context.Background(), network, address)
-}
-
-func (dialer) DialTimeout(network, address string, _ time.Duration) (net.Conn, error) {
-	return dialer{}.Dial(network, address)
-}
+// A dialer dials for lib/pq, which asks for nothing but DialContext: for Connect, with a dialSlot in the
+// context, and for cancel requests, without.
+type dialer struct{ pq.Dialer }
 
 // DialContext sets a deadline that also holds for the TLS and PostgreSQL handshakes which follow.
 func (dialer) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
-	slot, ok := ctx.Value(slotKey{}).(*dialSlot)
+	slot, ok := ctx.Value(dialer{}).(*dialSlot)
 	if !ok {
-		slot = &dialSlot{timeout: cancelDial}
+		slot = &dialSlot{limit: cancelDial}
 	}
-	deadline := time.Now().Add(slot.timeout)
-	dialing, cancel := context.WithDeadline(ctx, deadline)
-	defer cancel()
-	inner, err := new(net.Dialer).DialContext(dialing, network, address)
+	if cwd, err := os.Getwd(); err == nil && network == "unix" { // a socket's path must be short (103 bytes on macOS)
+		address = strings.TrimPrefix(address, cwd+"/")
+	}
+	deadline := time.Now().Add(slot.limit)
+	inner, err := (&net.Dialer{Deadline: deadline}).DialContext(ctx, network, address)
 	if err != nil {
 		return nil, err
 	}
-	raw, err := inner.(syscall.Conn).SyscallConn()
-	if err == nil {
-		err = inner.SetDeadline(deadline)
-	}
-	if err != nil {
-		return nil, errors.Join(err, inner.Close())
-	}
-	slot.conn = &netConn{Conn: inner, raw: raw}
-	slot.stop = context.AfterFunc(ctx, func() { _ = inner.Close() })
-	return slot.conn, nil
+	slot.conn = &netConn{Conn: inner, keep: context.AfterFunc(ctx, func() { _ = inner.Close() })}
+	return slot.conn, inner.SetDeadline(deadline)
 }
 
 // A netConn is the network connection under lib/pq, and under TLS where that is used.
 type netConn struct {
 	net.Conn
-	raw   syscall.RawConn
-	wrote bool // since the statement began
+	keep  func() bool // has it outlive the context in which it was dialled
+	wrote bool        // since the statement began
 }
 
 func (c *netConn) Write(b []byte) (int, error) {
@@ -137,12 +121,13 @@ func (c *netConn) Write(b []byte) (int, error) {
 // quiet reports that the server has sent nothing and closed nothing: before a statement is sent it
 // has nothing to say but that it is going away.
 func (c *netConn) quiet() bool {
+	raw, _ := c.Conn.(syscall.Conn).SyscallConn() // which all have that net.Dialer makes
 	var err error
 	peek := func(fd uintptr) bool {
 		_, _, err = syscall.Recvfrom(int(fd), make([]byte, 1), syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
 		return true
 	}
-	return c.raw.Read(peek) == nil && (err == syscall.EAGAIN || err == syscall.EINTR)
+	return raw.Read(peek) == nil && (err == syscall.EAGAIN || err == syscall.EINTR)
 }
 
 // pqConn is what lib/pq's connection offers, as far as this service uses it.
@@ -165,38 +150,28 @@ type careful struct {
 
 func (c *careful) IsValid() bool { return !c.broken && c.pqConn.IsValid() }
 
-func (c *careful) Close() error {
-	_ = c.net.SetDeadline(time.Now().Add(cancelDial))
-	return c.pqConn.Close()
-}
-
 // checkDirect finds out whether this connection leads to one and the same server process for as long
 // as it lives. A transaction pooler has many clients share the processes, and statements that one has
 // prepared are then another's. It gives its clients keys of its own making for cancel requests, where
 // PostgreSQL gives its process number: they agree only where there is no pooler.
 func (c *careful) checkDirect(ctx context.Context) error {
 	key := reflect.ValueOf(c.pqConn).Elem().FieldByName("pid") // lib/pq has no other way to ask
-	return c.run(ctx, "SELECT pg_backend_pid()", nil, func(row []driver.Value) error {
+	return c.run(ctx, "SELECT pg_backend_pid()", nil, func(row []driver.Value) {
 		c.direct = key.IsValid() && key.CanInt() && row[0] == key.Int()
-		return nil
 	})
 }
-
-// errEnough from row gives up the rest of a result, and the connection with it.
-var errEnough = errors.New("enough read")
 
 // run sends one statement and hands each row of its result to row; what is in it is valid until row
 // returns. It has read the server's last word when it returns without an error. driver.ErrBadConn says
 // that nothing was sent.
-func (c *careful) run(ctx context.Context, query string, args []driver.NamedValue, row func([]driver.Value) error) error {
+func (c *careful) run(ctx context.Context, query string, args []driver.NamedValue, row func([]driver.Value)) error {
 	if !c.net.quiet() {
-		c.broken = true
 		return driver.ErrBadConn
 	}
-	stop := context.AfterFunc(ctx, func() { _ = c.net.SetDeadline(time.Now().Add(cancelGrace)) })
+	stop := context.AfterFunc(ctx, func() { time.AfterFunc(cancelGrace, func() { _ = c.net.Close() }) })
 	err := c.judge(c.exchange(ctx, query, args, row))
 	if !stop() || ctx.Err() != nil {
-		c.broken = true // a deadline was set, or will be: not a connection for others
+		c.broken = true // it is closed, or will be: not a connection for others
 		if err == nil { // a commit whose wait for the synchronous standby was cancelled looks like a success
 			err = fmt.Errorf("%w: %w", errInDoubt, context.Cause(ctx))
 		}
@@ -204,7 +179,7 @@ func (c *careful) run(ctx context.Context, query string, args []driver.NamedValu
 	return err
 }
 
-func (c *careful) exchange(ctx context.Context, query string, args []driver.NamedValue, row func([]driver.Value) error) error {
+func (c *careful) exchange(ctx context.Context, query string, args []driver.NamedValue, row func([]driver.Value)) error {
 	rows, err := c.query(ctx, query, args)
 	if err != nil {
 		return err
@@ -212,7 +187,7 @@ func (c *careful) exchange(ctx context.Context, query string, args []driver.Name
 	values := make([]driver.Value, len(rows.Columns()))
 	for err == nil {
 		if err = rows.Next(values); err == nil {
-			err = row(values)
+			row(values)
 		}
 	}
 	if closed := rows.Close(); err == io.EOF {
@@ -242,25 +217,17 @@ func (c *careful) query(ctx context.Context, query string, args []driver.NamedVa
 
 // judge tells what an error means for the statement, and for the connection.
 func (c *careful) judge(err error) error {
-	if err == nil {
-		return nil
-	}
-	if pq.As(err) != nil {
+	if err == nil || pq.As(err) != nil {
 		// read_only_sql_transaction: no longer the primary. feature_not_supported, invalid_sql_statement_name:
 		// a statement prepared for a table that has changed since.
-		c.broken = c.broken || pq.As(err, "25006", "0A000", "26000") != nil
+		c.broken = pq.As(err, "25006", "0A000", "26000") != nil
 		return err
 	}
 	c.broken = true
-	switch {
-	case err == errEnough:
-		return err
-	case !c.net.wrote:
+	if !c.net.wrote {
 		return driver.ErrBadConn
-	case errors.Is(err, driver.ErrBadConn):
-		return errInDoubt // without the driver's error in it, which says that the statement was not sent
 	}
-	return fmt.Errorf("%w: %w", errInDoubt, err)
+	return fmt.Errorf("%w: %v", errInDoubt, err) // not as %w: driver.ErrBadConn says that the statement was not sent
 }
 
 // isStartupError reports an error that waiting does not cure: a refused password or user, a missing
@@ -272,8 +239,6 @@ func isStartupError(err error) bool {
 		}
 		return slices.Contains([]pqerror.Class{"28", "3D", "42", "22", "23", "0A", "P0"}, e.Code.Class())
 	}
-	var verification *tls.CertificateVerificationError
-	var authority x509.UnknownAuthorityError
-	var file *fs.PathError // sslrootcert, sslcert, sslkey
-	return errors.As(err, &verification) || errors.As(err, &authority) || errors.As(err, &file) || errors.Is(err, pq.ErrSSLNotSupported)
+	return errors.As(err, new(*tls.CertificateVerificationError)) || errors.As(err, new(x509.UnknownAuthorityError)) ||
+		errors.As(err, new(*fs.PathError)) || errors.Is(err, pq.ErrSSLNotSupported) // a file: sslrootcert, sslcert, sslkey
 }

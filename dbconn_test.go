@@ -99,7 +99,7 @@ var badDatabaseURLs = map[string]string{ // and what the error must say; the pas
 	"postgres://u:S3CRET?pass@h/d":                                    "option",
 	"postgres://u:?sslmode=S3CRET,@h/d":                               `"sslmode"`,
 	"postgres://:S3CRET\"\",0":                                        `"port"`,
-	"postgres://u:S3CRET@h/d?sslmode=no-verify":                       "supported values are disable",
+	"postgres://u:S3CRET@h/d?sslmode=no-verify":                       `wrong value for "sslmode"`,
 	"postgres://u:S3CRET@h/d?SSLMODE=require":                         "lower-case",
 	"postgres://u:S3CRET@h/d?=x":                                      "lower-case",
 	"postgres://u:S3CRET@h/d?sslmode=disable&channel_binding=require": "channel_binding=require contradicts sslmode=disable",
@@ -147,7 +147,7 @@ type proxy struct {
 
 func newProxy(t testing.TB, database pq.Config) *proxy {
 	listener := must(net.Listen("tcp", "127.0.0.1:0"))
-	p := &proxy{TB: t, config: database.Clone(), socket: filepath.Join(database.Host, socketName)}
+	p := &proxy{TB: t, config: database.Clone(), socket: filepath.Join(database.Host, ".s.PGSQL.5432")}
 	p.config.Host, p.config.Port = "127.0.0.1", uint16(listener.Addr().(*net.TCPAddr).Port)
 	ctx, stop := context.WithCancel(context.Background())
 	var group sync.WaitGroup

@@ -6,8 +6,8 @@ import (
 	"fmt"
 	"net/url"
 	"path/filepath"
+	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"unicode/utf8"
 
@@ -23,7 +23,7 @@ func parseDatabaseURL(text string, getenv func(string) string) (cfg pq.Config, w
 	}
 	local := !slices.ContainsFunc(strings.Split(cmp.Or(params["hostaddr"], params["host"], getenv("PGHOST")), ","),
 		func(host string) bool { return !isLocal(host) })
-	mode := cmp.Or(params["sslmode"], getenv("PGSSLMODE"))
+	mode, root := cmp.Or(params["sslmode"], getenv("PGSSLMODE")), cmp.Or(params["sslrootcert"], getenv("PGSSLROOTCERT"))
 	switch {
 	case params["channel_binding"] == "require":
 		// lib/pq has no channel binding. What that protects against, somebody in the middle with
@@ -31,20 +31,21 @@ func parseDatabaseURL(text string, getenv func(string) string) (cfg pq.Config, w
 		if mode == "disable" {
 			return cfg, nil, errors.New("channel_binding=require contradicts sslmode=disable: leave one of them out")
 		}
-		mode = "verify-full"
-		params["sslrootcert"] = cmp.Or(params["sslrootcert"], getenv("PGSSLROOTCERT"), "system")
-	case mode == "" && params["sslrootcert"] == "system":
+		mode, params["sslrootcert"] = "verify-full", cmp.Or(root, "system")
+	case mode == "" && root == "system":
 		mode = "verify-full"
 	case mode == "" && local:
 		mode = "prefer"
 	case mode == "":
 		mode = "require"
 	}
-	if mode == "require" && !local && cmp.Or(params["sslrootcert"], getenv("PGSSLROOTCERT")) == "" {
+	if mode == "require" && !local && root == "" {
 		warnings = append(warnings, "the connection to the database is encrypted, but the server's identity is not verified: "+
 			"use sslmode=verify-full&sslrootcert=system, or channel_binding=require")
 	}
-	params["sslmode"] = mode
+	params["sslmode"], params["timezone"] = mode, "UTC"
+	params["fallback_application_name"] = cmp.Or(params["fallback_application_name"], "taskflow")
+	params["binary_parameters"] = "yes" // one round trip for each statement, so a transaction pooler cannot split it
 	delete(params, "channel_binding")
 
 	var dsn strings.Builder
@@ -52,31 +53,14 @@ func parseDatabaseURL(text string, getenv func(string) string) (cfg pq.Config, w
 		fmt.Fprintf(&dsn, "%s='%s' ", key, strings.NewReplacer(`\`, `\\`, `'`, `\'`).Replace(value))
 	}
 	if cfg, err = pq.NewConfig(dsn.String()); err != nil {
-		return cfg, nil, withoutValues(err, params)
+		return cfg, nil, errors.New(harmlessWords.FindString(err.Error()))
 	}
-	if cfg.Runtime == nil {
-		cfg.Runtime = map[string]string{}
-	}
-	cfg.Runtime["timezone"] = "UTC"
-	cfg.ApplicationName = cmp.Or(cfg.ApplicationName, "taskflow")
-	cfg.BinaryParameters = true // one round trip for each statement, so a transaction pooler cannot split it
 	return cfg, warnings, nil
 }
 
-// withoutValues takes what an error of lib/pq's parser quotes out of it: where a password holds what
-// should have been encoded, that may be a part of the password.
-func withoutValues(err error, params map[string]string) error {
-	var values []string
-	for _, list := range params {
-		values = append(append(values, list), strings.Split(list, ",")...)
-	}
-	slices.SortFunc(values, func(a, b string) int { return len(b) - len(a) }) // one may be a part of another
-	text := err.Error()
-	for _, value := range values {
-		text = strings.ReplaceAll(text, strconv.Quote(value), "it")
-	}
-	return errors.New(text)
-}
+// harmlessWords are those in front of what lib/pq's parser quotes: where a password holds what should have
+// been encoded, that may be a part of the password. An sslmode that it finds weak is a known one.
+var harmlessWords = regexp.MustCompile(`^(pq: )?(wrong value for ("\w+"|\$\w+)|weak sslmode .*|[^"]*)`)
 
 // urlParameters takes a URL apart into libpq's parameter names. net/url cannot do it: it refuses
 // host lists with ports and percent-encoded socket directories, which are legal here.

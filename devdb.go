@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"net"
 	"net/url"
 	"os"
 	"os/exec"
@@ -17,6 +16,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -26,11 +26,7 @@ import (
 // This file runs a private PostgreSQL for development, and for the tests, from the server programs of
 // the machine. All it keeps is in one folder of mode 0700, and only a Unix socket leads to it.
 
-const (
-	maxSocketPath = 103 // bytes; macOS has room for 104 with the NUL, Linux for 108
-	socketName    = ".s.PGSQL.5432"
-	stopPatience  = 10 * time.Second
-)
+const stopPatience = 10 * time.Second
 
 // errNoPostgres is what somebody without PostgreSQL's server programs reads.
 var errNoPostgres = errors.New(`development needs PostgreSQL's server programs (initdb, postgres), or a DATABASE_URL. Install them:
@@ -73,11 +69,10 @@ func findPrograms(major string) (string, error) {
 
 // A devDB is a running private PostgreSQL.
 type devDB struct {
-	config  pq.Config
-	process *os.Process
-	exited  chan struct{} // closed when it has
-	lock    *os.File
-	socket  string // its directory, if that is a temporary one
+	config pq.Config
+	cancel func() // has the server end
+	server sync.WaitGroup
+	lock   *os.File
 }
 
 // startDevDB starts the PostgreSQL of a folder, making its data first if there are none. settings are
@@ -92,106 +87,85 @@ func startDevDB(ctx context.Context, f devFolder, log *slog.Logger, onExit func(
 	if err != nil {
 		return nil, err
 	}
-	db := &devDB{exited: make(chan struct{})}
-	if db.lock, err = lock(filepath.Join(f.path, "lock")); err != nil {
-		return nil, err
+	alive, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer context.AfterFunc(ctx, cancel)() // while it starts
+	db := &devDB{cancel: cancel}
+	if db.lock, err = lock(filepath.Join(f.path, "lock"), syscall.LOCK_NB); err != nil {
+		return nil, fmt.Errorf("another taskflow is running with the private PostgreSQL in %s: stop it, or give this one "+
+			"a DATABASE_URL (the other's is 'postgres://taskflow@/postgres?host=%s'): %w", f.path, url.PathEscape(f.path), err)
 	}
 	defer func() {
 		if err != nil {
 			_ = db.stop()
 		}
 	}()
-	if version == nil {
-		log.Info("making a private PostgreSQL", "folder", f.path, "programs", programs)
-		if err := f.initialise(programs, data); err != nil {
-			return nil, err
-		}
-	} else if err := endStale(ctx, data); err != nil {
-		return nil, err
-	}
-	socket, err := db.socketFolder(f)
-	if err != nil {
-		return nil, err
-	}
-	quoted := `"` + strings.ReplaceAll(socket, `"`, `""`) + `"` // an element of a list
-	args := []string{"-D", data, "-k", quoted, "-p", "5432", "-c", "listen_addresses=", "-c", "unix_socket_permissions=0700"}
-	for _, setting := range settings {
-		args = append(args, "-c", setting)
-	}
-	logFile, err := os.OpenFile(filepath.Join(f.path, "postgres.log"), os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	logFile, err := f.openLog(ctx)
 	if err != nil {
 		return nil, err
 	}
 	defer logFile.Close()
-	command := f.command(filepath.Join(programs, "postgres"), args...)
+	if version == nil {
+		log.Info("making a private PostgreSQL", "folder", f.path, "programs", programs)
+		if err := f.initialise(alive, programs, data); err != nil {
+			return nil, err
+		}
+	}
+	// The path of a socket must be short: it is one from data here, and one from the working directory in DialContext.
+	args := []string{"-D", data, "-k", "..", "-p", "5432", "-c", "listen_addresses=", "-c", "unix_socket_permissions=0700",
+		"-c", "logging_collector=off"}
+	for _, setting := range settings {
+		args = append(args, "-c", setting)
+	}
+	command := f.command(alive, filepath.Join(programs, "postgres"), args...)
 	command.Stdout, command.Stderr = logFile, logFile
 	if err := db.launch(command, func(err error) {
+		cancel()
 		onExit(fmt.Errorf("the private PostgreSQL has ended (%v); it says why in %s", err, logFile.Name()))
 	}); err != nil {
 		return nil, err
 	}
 	// by hand, since the environment, PGPORT for one, has a say in what a URL means
-	db.config = pq.Config{Host: socket, Port: 5432, User: "taskflow", Database: "postgres", SSLMode: pq.SSLModeDisable,
+	db.config = pq.Config{Host: f.path, Port: 5432, User: "taskflow", Database: "postgres", SSLMode: pq.SSLModeDisable,
 		ApplicationName: "taskflow", ClientEncoding: "UTF8", Datestyle: "ISO, MDY", BinaryParameters: true,
 		Runtime: map[string]string{"timezone": "UTC"}}
-	if err := db.await(ctx); err != nil {
+	if err := db.await(alive); err != nil {
 		return nil, fmt.Errorf("the private PostgreSQL does not start: %w; see %s", err, logFile.Name())
 	}
 	log.Info("private PostgreSQL started", "folder", f.path, "programs", programs)
 	return db, nil
 }
 
-// socketFolder returns where the socket is to be: in the folder, or in one of its own where the path
-// would be too long for a socket.
-func (db *devDB) socketFolder(f devFolder) (path string, err error) {
-	if len(filepath.Join(f.path, socketName)) <= maxSocketPath {
-		return f.path, nil
-	}
-	if db.socket, err = os.MkdirTemp("", "taskflow"); err != nil {
-		return "", err
-	}
-	return db.socket, devFolder{db.socket, f.account}.prepare()
-}
-
 // launch starts the server, and calls onExit when it ends.
 func (db *devDB) launch(command *exec.Cmd, onExit func(error)) error {
 	started := make(chan error)
-	go func() {
-		// The kernel sends Pdeathsig when the thread ends that started the process.
-		runtime.LockOSThread()
+	db.server.Go(func() {
+		runtime.LockOSThread() // the kernel sends Pdeathsig when the thread ends that started the process
 		err := command.Start()
-		db.process = command.Process
 		if started <- err; err == nil {
-			err = command.Wait()
-			close(db.exited)
-			onExit(err)
+			onExit(command.Wait())
 		}
-	}()
+	})
 	return <-started
 }
 
-// await waits until the server takes connections. It fails when it has ended.
+// await waits until the server takes connections, or ctx ends.
 func (db *devDB) await(ctx context.Context) error {
 	connector := newConnector(db.config, stopPatience)
 	for ctx.Err() == nil {
 		if conn, err := connector.Connect(ctx); err == nil {
 			return conn.Close()
 		}
-		select {
-		case <-db.exited:
-			return errors.New("it has ended")
-		case <-time.After(5 * time.Millisecond):
-		}
+		time.Sleep(5 * time.Millisecond)
 	}
 	return ctx.Err()
 }
 
 // initialise makes the data directory: under another name first, so that what has its name is whole.
-func (f devFolder) initialise(programs, data string) (err error) {
+func (f devFolder) initialise(ctx context.Context, programs, data string) (err error) {
 	fresh, out := data+".new", []byte(nil)
 	for _, locale := range []string{"C.UTF-8", "C"} { // the first is not known everywhere
 		_ = os.RemoveAll(fresh) // initdb says so if that has failed
-		command := f.command(filepath.Join(programs, "initdb"), "-D", fresh, "-U", "taskflow", "--auth=trust",
+		command := f.command(ctx, filepath.Join(programs, "initdb"), "-D", fresh, "-U", "taskflow", "--auth=trust",
 			"--encoding=UTF8", "--locale="+locale, "--no-instructions")
 		if out, err = command.CombinedOutput(); err == nil {
 			return os.Rename(fresh, data)
@@ -200,11 +174,13 @@ func (f devFolder) initialise(programs, data string) (err error) {
 	return fmt.Errorf("initdb: %w: %s", err, out)
 }
 
-// command is one that runs as the folder's account, without a terminal's signals, and that the kernel
-// ends with this process where it can.
-func (f devFolder) command(program string, args ...string) *exec.Cmd {
-	command := exec.Command(program, args...)
+// command is one that runs as the folder's account, without a terminal's signals, that ends with ctx, and
+// that the kernel ends with this process where it can.
+func (f devFolder) command(ctx context.Context, program string, args ...string) *exec.Cmd {
+	command := exec.CommandContext(ctx, program, args...)
 	command.Dir = f.path
+	command.Cancel = func() error { return command.Process.Signal(syscall.SIGINT) }
+	command.WaitDelay = stopPatience // then it is killed
 	command.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Credential: f.account}
 	// Only Linux has this field, and this file is for macOS too.
 	if field := reflect.ValueOf(command.SysProcAttr).Elem().FieldByName("Pdeathsig"); field.IsValid() {
@@ -213,73 +189,44 @@ func (f devFolder) command(program string, args ...string) *exec.Cmd {
 	return command
 }
 
-// lock takes the file for this process until it ends, however it ends.
-func lock(path string) (*os.File, error) {
+// lock opens a file and takes it for this process, and for those that inherit it, until the last of them ends.
+func lock(path string, how int) (*os.File, error) {
 	file, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, err
+	if err == nil {
+		err = syscall.Flock(int(file.Fd()), syscall.LOCK_EX|how)
 	}
-	if err := syscall.Flock(int(file.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+	if err != nil {
 		_ = file.Close()
-		return nil, fmt.Errorf("another taskflow is running with the private PostgreSQL in %s: stop it, "+
-			"or give this one a DATABASE_URL (the other's is 'postgres://taskflow@/postgres?host=%s')",
-			filepath.Dir(path), url.PathEscape(filepath.Dir(path)))
+		return nil, err
 	}
 	return file, nil
 }
 
-// endStale ends the server that a killed service has left behind, if it still runs. The rest, crash
-// recovery included, PostgreSQL does itself.
-func endStale(ctx context.Context, data string) error {
-	pidFile := filepath.Join(data, "postmaster.pid")
-	text, _ := os.ReadFile(pidFile)
-	lines := strings.Split(string(text), "\n") // process, data, start, port, socket directory, …
-	pid, err := strconv.Atoi(lines[0])
-	if err != nil || pid <= 1 || len(lines) < 5 {
-		return nil
-	}
-	if !isPostgres(pid) {
-		return os.Remove(pidFile) // another process has that number now; PostgreSQL would take it for its server
-	}
-	for start := time.Now(); time.Since(start) < stopPatience && ctx.Err() == nil; time.Sleep(20 * time.Millisecond) {
-		if _, err := os.Stat(pidFile); err != nil || syscall.Kill(pid, 0) == syscall.ESRCH {
-			return nil
+// openLog opens the server's log and locks it: since that is the server's stderr, it is locked as long as the
+// server runs. One that a killed service has left behind is ended here. The rest, crash recovery included,
+// PostgreSQL does itself.
+func (f devFolder) openLog(ctx context.Context) (*os.File, error) {
+	pidFile := filepath.Join(f.path, "data", "postmaster.pid")
+	for start := time.Now(); ; time.Sleep(20 * time.Millisecond) {
+		file, err := lock(filepath.Join(f.path, "postgres.log"), syscall.LOCK_NB)
+		if err == nil {
+			_ = os.Remove(pidFile) // PostgreSQL would take whatever process has that number now for its server
+			return file, file.Truncate(0)
 		}
-		// Only the answering socket shows that the process is that server and not another PostgreSQL.
-		if conn, err := net.Dial("unix", filepath.Join(lines[4], socketName)); err == nil {
-			_ = conn.Close()
-			if err := syscall.Kill(pid, syscall.SIGINT); err != nil {
-				return fmt.Errorf("stopping the PostgreSQL that was left behind (process %d): %w", pid, err)
-			}
+		if ctx.Err() != nil || time.Since(start) > stopPatience {
+			return nil, fmt.Errorf("the PostgreSQL that was left behind in %s does not end: %w", f.path, err)
+		}
+		text, _ := os.ReadFile(pidFile)
+		pid, _, _ := strings.Cut(string(text), "\n")
+		if pid, err := strconv.Atoi(pid); err == nil && pid > 1 {
+			_ = syscall.Kill(pid, syscall.SIGINT)
 		}
 	}
-	return ctx.Err()
-}
-
-// isPostgres reports whether the process is called postgres, or its name is not to be had.
-func isPostgres(pid int) bool {
-	name, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
-	if err != nil {
-		name, err = exec.Command("ps", "-o", "comm=", "-p", strconv.Itoa(pid)).Output()
-	}
-	return err != nil || strings.Contains(string(name), "postgres")
 }
 
 // stop ends the server: it closes its connections, writes what it must, and goes. If it does not, it is made to.
 func (db *devDB) stop() error {
-	for _, signal := range []os.Signal{syscall.SIGINT, syscall.SIGQUIT, syscall.SIGKILL} {
-		if db.process == nil {
-			break
-		}
-		_ = db.process.Signal(signal) // it may have ended by itself
-		select {
-		case <-db.exited:
-			db.process = nil
-		case <-time.After(stopPatience):
-		}
-	}
-	if db.socket != "" {
-		_ = os.RemoveAll(db.socket)
-	}
+	db.cancel()
+	db.server.Wait()
 	return db.lock.Close()
 }

@@ -106,12 +106,12 @@ func TestDevelopmentNeedsNothingButAnEmptyFolder(t *testing.T) {
 	_, rest, _ := strings.Cut(string(must(os.ReadFile(pidFile))), "\n")
 	_ = left.lock.Close()
 	again()
-	<-left.exited
+	left.server.Wait()
 
 	// PostgreSQL crashes, and its number goes to another process of the same user.
 	_ = syscall.Kill(postmaster(folder), syscall.SIGKILL)
 	p.exits(t, 1, "the private PostgreSQL has ended (signal: killed)")
-	other := f.command("sleep", "60")
+	other := f.command(t.Context(), "sleep", "60")
 	if err := other.Start(); err != nil {
 		t.Fatal(err)
 	}

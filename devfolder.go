@@ -1,10 +1,12 @@
 package main
 
 import (
+	"context"
 	"crypto/rand"
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"os/user"
@@ -80,34 +82,28 @@ func unprivileged(folder string) (*syscall.Credential, error) {
 
 // reachable reports whether the account can work in dir, by having it do so.
 func reachable(dir string, account *syscall.Credential) bool {
-	return devFolder{dir, account}.command("true").Run() == nil
+	return devFolder{dir, account}.command(context.Background(), "true").Run() == nil
 }
 
-// developmentSecret returns the secret that is kept in the folder, made at the first call. It gets its
-// name when it is whole, and only once, so that processes which start together end with the same one.
+// developmentSecret returns the secret that is kept in the folder, made at the first call. The file is locked
+// meanwhile, so that processes which start together end with the same one.
 func developmentSecret() ([]byte, error) {
 	f, err := openDevFolder()
 	if err != nil {
 		return nil, err
 	}
-	path := filepath.Join(f.path, "secret")
-	if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
-		fresh, err := os.CreateTemp(f.path, "secret.*")
-		if err != nil {
-			return nil, err
-		}
-		defer os.Remove(fresh.Name())
-		_, err = fresh.WriteString(rand.Text() + rand.Text())
-		if err = errors.Join(err, fresh.Close()); err == nil {
-			err = os.Link(fresh.Name(), path)
-		}
-		if err != nil && !errors.Is(err, fs.ErrExist) {
-			return nil, err
-		}
+	file, err := lock(filepath.Join(f.path, "secret"), 0)
+	if err != nil {
+		return nil, err
 	}
-	secret, err := os.ReadFile(path)
+	defer file.Close()
+	secret, err := io.ReadAll(file)
+	if err == nil && len(secret) == 0 {
+		secret = []byte(rand.Text() + rand.Text())
+		_, err = file.Write(secret)
+	}
 	if err == nil && len(secret) < minSecret {
-		err = fmt.Errorf("%s is too short: remove it", path)
+		err = fmt.Errorf("%s is too short: remove it", file.Name())
 	}
 	return secret, err
 }

@@ -256,23 +256,22 @@ func (s *store) chunk(ctx context.Context, user string, q listQuery, n, maxBytes
 		defer cancel()
 		c := chunk{json: buffer[:start], next: n}
 		count, last := 0, task{}
-		err := perform(ctx, s.db, query, args, func(row []driver.Value) error {
-			if c.more = count == n || len(c.json)-start >= maxBytes; c.more && count < n {
-				c.next = count
-				cancel() // this costs the connection, but less than reading all that may still come
-				return errEnough
-			} else if c.more {
-				return nil
+		err := perform(ctx, s.db, query, args, func(row []driver.Value) {
+			if c.more = count == n || len(c.json)-start >= maxBytes; c.more {
+				if count < n {
+					cancel() // this costs the connection, but less than reading all that may still come
+				}
+				return
 			}
 			last = scanTask(row, user)
 			if count++; count > 1 {
 				c.json = append(c.json, ',')
 			}
 			c.json = last.appendJSON(c.json)
-			return nil
 		})
 		c.last = q.place(last)
-		if err == errEnough {
+		if c.more && count < n {
+			c.next = count
 			return c, nil
 		}
 		if len(c.json)-start < maxBytes/2 {

@@ -62,15 +62,10 @@ func (s *store) close() error { return errors.Join(s.db.Close(), s.probe.Close()
 func (s *store) schemaApplied(ctx context.Context) (applied bool, err error) {
 	const query = `SELECT to_regclass('tasks_user_id_idempotency_key_idx') IS NOT NULL, to_regclass('pg_dist_partition') IS NOT NULL OR
 		EXISTS (SELECT 1 FROM pg_inherits JOIN pg_class ON oid = inhrelid WHERE inhparent = to_regclass('tasks') AND relkind = 'f')`
-	for range 2 { // again, since the connection may have ended while it was idle
-		if err = perform(ctx, s.probe, query, nil, func(row []driver.Value) error {
-			applied = row[0] == true
-			s.distributed.Store(row[1] == true)
-			return nil
-		}); err == nil {
-			break
-		}
-	}
+	err = perform(ctx, s.probe, query, nil, func(row []driver.Value) {
+		applied = row[0] == true
+		s.distributed.Store(row[1] == true)
+	})
 	return applied, err
 }
 
@@ -87,25 +82,27 @@ func (s *store) applySchema(ctx context.Context) error {
 	if err != nil && !missing || applied && !missing {
 		return err
 	}
-	if err := perform(ctx, s.probe, schema, nil, discard); err != nil {
-		return err
-	}
-	_, err = s.schemaApplied(ctx)
-	return err
+	return perform(ctx, s.probe, schema, nil, discard)
 }
 
-// perform sends one statement over a connection of db, as careful.run does.
-func perform(ctx context.Context, db *sql.DB, query string, args []driver.NamedValue, row func([]driver.Value) error) error {
-	conn, err := db.Conn(ctx)
-	if err != nil {
-		return err
+// perform sends one statement over a connection of db, as careful.run does. One that turns out to have ended
+// while it was idle is passed over.
+func perform(ctx context.Context, db *sql.DB, query string, args []driver.NamedValue, row func([]driver.Value)) error {
+	for {
+		conn, err := db.Conn(ctx)
+		if err != nil {
+			return err
+		}
+		err = conn.Raw(func(c any) error { return c.(*careful).run(ctx, query, args, row) })
+		_ = conn.Close()
+		if err != driver.ErrBadConn {
+			return err
+		}
 	}
-	defer conn.Close()
-	return conn.Raw(func(c any) error { return c.(*careful).run(ctx, query, args, row) })
 }
 
 // discard is for a result that does not matter.
-func discard([]driver.Value) error { return nil }
+func discard([]driver.Value) {}
 
 // arguments are the values of $1, $2, …: whatever database/sql would take.
 func arguments(values ...any) []driver.NamedValue {
@@ -126,17 +123,17 @@ func do[T any](ctx context.Context, s *store, user string, repeatable bool, f fu
 	}
 	ctx, cancel := context.WithTimeout(ctx, s.timeout)
 	defer cancel()
-	done, err := s.users.enter(ctx, user)
-	if err != nil {
-		return result, fmt.Errorf("%w: %w", errNoTurn, err)
+	own := s.users.count(user, 1)
+	defer s.users.count(user, -1)
+	select {
+	case own.places <- struct{}{}:
+		defer func() { <-own.places }()
+	case <-ctx.Done():
+		return result, fmt.Errorf("%w: %w", errNoTurn, ctx.Err())
 	}
-	defer done()
 	for wait := time.Duration(0); ; wait = min(2*wait+10*time.Millisecond, 250*time.Millisecond) {
 		if result, err = f(ctx); err == nil || !harmless(err) && !(repeatable && inDoubt(err)) {
 			return result, err
-		}
-		if unsent := new(connectError); errors.Is(err, driver.ErrBadConn) && !errors.As(err, unsent) {
-			wait = 0 // a connection of the pool that had died; there may be more of them
 		}
 		select {
 		case <-time.After(wait):
@@ -148,8 +145,7 @@ func do[T any](ctx context.Context, s *store, user string, repeatable bool, f fu
 
 // harmless reports a failure that left no trace of the statement: it was not sent, or rolled back.
 func harmless(err error) bool {
-	var unsent connectError
-	return errors.As(err, &unsent) || errors.Is(err, driver.ErrBadConn) ||
+	return errors.As(err, new(connectError)) ||
 		// serialization_failure, deadlock_detected, read_only_sql_transaction, and the two of a prepared
 		// statement that is out of date: feature_not_supported, invalid_sql_statement_name
 		pq.As(err, "40001", "40P01", "25006", "0A000", "26000") != nil
@@ -166,15 +162,11 @@ func inDoubt(err error) bool {
 // isBug reports an error that says something about this program rather than about the state of the
 // database: a panic, bad data, a broken constraint, a wrong statement.
 func isBug(err error) bool {
-	if errors.Is(err, errPanic) {
-		return true
+	if e := pq.As(err); e != nil && e.Code != "42P01" && e.Code != "42501" { // undefined_table, insufficient_privilege
+		class := e.Code.Class()
+		return class == "22" || class == "23" || class == "42"
 	}
-	e := pq.As(err)
-	if e == nil || e.Code == "42P01" || e.Code == "42501" { // undefined_table, insufficient_privilege
-		return false
-	}
-	class := e.Code.Class()
-	return class == "22" || class == "23" || class == "42"
+	return errors.Is(err, errPanic)
 }
 
 // taskColumns is what scanTask reads. Times travel as text, which lib/pq need not parse.
@@ -191,9 +183,8 @@ func scanTask(row []driver.Value, user string) task {
 // one runs a statement that returns one task at most, errNotFound when there is none.
 func (s *store) one(ctx context.Context, user, query string, args []driver.NamedValue) (t task, err error) {
 	err = errNotFound
-	if failed := perform(ctx, s.db, query, args, func(row []driver.Value) error {
+	if failed := perform(ctx, s.db, query, args, func(row []driver.Value) {
 		t, err = scanTask(row, user), nil
-		return nil
 	}); failed != nil {
 		err = failed
 	}
@@ -236,25 +227,19 @@ func (s *store) createTask(ctx context.Context, user, key string, in taskInput) 
 	return t, err
 }
 
-// text has the title and the description in it: it is equal where both are.
-func (in taskInput) text() string {
-	if in.description == nil {
-		return *in.title
-	}
-	return *in.title + "\x00" + *in.description // no title has a NUL
-}
-
-func (t task) text() string {
-	if !t.hasDescription {
-		return t.title
-	}
-	return t.title + "\x00" + t.description
-}
-
 // hash identifies the body of a POST.
 func (in taskInput) hash() []byte {
-	sum := sha256.Sum256([]byte(in.text()))
+	text := *in.title
+	if in.description != nil {
+		text += "\x00" + *in.description // no title has a NUL
+	}
+	sum := sha256.Sum256([]byte(text))
 	return sum[:]
+}
+
+// made reports whether t has the title and the description of in.
+func (in taskInput) made(t task) bool {
+	return *in.title == t.title && (in.description != nil) == t.hasDescription && (in.description == nil || *in.description == t.description)
 }
 
 // assignments set what a request has changed, given as the columns of changed. The time moves on if and
@@ -317,36 +302,25 @@ func (s *store) conditional(ctx context.Context, user string, id int64, match pr
 type fairness struct {
 	limit int
 	mu    sync.Mutex
-	held  map[string]*held // users with statements under way or waiting
+	held  map[string]*held // by users with requests here
 }
 
 type held struct {
-	places chan struct{}
-	users  int // of this entry: under way and waiting
+	places   chan struct{}
+	requests int // under way and waiting
 }
 
-// enter waits for a place for user, until ctx ends. The function it returns gives the place back.
-func (f *fairness) enter(ctx context.Context, user string) (leave func(), err error) {
+// count adds a request to those of user, or with -1 takes one away.
+func (f *fairness) count(user string, change int) *held {
 	f.mu.Lock()
-	h := f.held[user]
-	if h == nil {
-		h = &held{places: make(chan struct{}, f.limit)}
-		f.held[user] = h
+	defer f.mu.Unlock()
+	own := f.held[user]
+	if own == nil {
+		own = &held{places: make(chan struct{}, f.limit)}
+		f.held[user] = own
 	}
-	h.users++
-	f.mu.Unlock()
-	forget := func() {
-		f.mu.Lock()
-		defer f.mu.Unlock()
-		if h.users--; h.users == 0 {
-			delete(f.held, user)
-		}
+	if own.requests += change; own.requests == 0 {
+		delete(f.held, user)
 	}
-	select {
-	case h.places <- struct{}{}:
-		return func() { <-h.places; forget() }, nil
-	case <-ctx.Done():
-		forget()
-		return nil, ctx.Err()
-	}
+	return own
 }

@@ -239,6 +239,7 @@ func TestReadinessTellsHowTheDatabaseIs(t *testing.T) {
 	terminate(t, database) // its idle connection, that is
 	ready(200)
 	p.treat("to_regclass", "lose")
+	ready(503)
 	ready(200)
 	ask(t, database, `ALTER INDEX tasks_user_id_idempotency_key_idx RENAME TO gone`)
 	ready(503)
