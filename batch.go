@@ -44,7 +44,7 @@ type member struct {
 	task     task
 	err      error
 	done     chan struct{}
-	leave    func() // tells the batch that nobody waits for this answer any more
+	leave    func() // once it has been sent off: tells the batch that nobody waits for this answer any more
 }
 
 // share answers m by a batch of b or by alone, a statement for m only.

@@ -240,5 +240,6 @@ func isStartupError(err error) bool {
 		return slices.Contains([]pqerror.Class{"28", "3D", "42", "22", "23", "0A", "P0"}, e.Code.Class())
 	}
 	return errors.As(err, new(*tls.CertificateVerificationError)) || errors.As(err, new(x509.UnknownAuthorityError)) ||
-		errors.As(err, new(*fs.PathError)) || errors.Is(err, pq.ErrSSLNotSupported) // a file: sslrootcert, sslcert, sslkey
+		errors.As(err, new(x509.CertificateInvalidError)) || errors.As(err, new(*fs.PathError)) || // sslrootcert, sslcert, sslkey
+		errors.Is(err, pq.ErrSSLKeyHasWorldPermissions) || errors.Is(err, pq.ErrSSLNotSupported)
 }

@@ -35,7 +35,7 @@ func openDevFolder() (devFolder, error) {
 			return f, err
 		}
 		if !reachable(cwd, f.account) {
-			f.path = fmt.Sprintf("/var/lib/taskflow-%x", sha256.Sum256([]byte(cwd)))[:len("/var/lib/taskflow-")+12]
+			f.path = fmt.Sprintf("/var/lib/taskflow-%.6x", sha256.Sum256([]byte(cwd)))
 			if f.account, err = unprivileged(f.path); err != nil {
 				return f, err
 			}

@@ -1,10 +1,10 @@
 // Taskflow is the backend of a multi-user task list: tasks in PostgreSQL, users by the tokens of
 // Better Auth.
 //
-//	taskflow                     serve, configured by the environment
-//	taskflow token [-ttl 1h] ID  print a token for the user ID (in development)
-//	taskflow healthcheck         ask the running service's /health; exit status 0 or 1
-//	taskflow version             print the version
+//	taskflow                       serve, configured by the environment
+//	taskflow token [-ttl 1h] USER  print a token for USER (in development)
+//	taskflow healthcheck           ask the running service's /health; exit status 0 or 1
+//	taskflow version               print the version
 //
 // The environment, with defaults; an empty variable is an unset one:
 //
@@ -251,13 +251,13 @@ func (s *server) httpServer(base context.Context) *http.Server {
 
 // bringUp reaches the database, tries again as long as it may help, applies the schema, and gives the
 // server its store. In development without DATABASE_URL it starts a private PostgreSQL.
-func (s *server) bringUp(ctx context.Context, cfg config, failed func(error)) error {
+func (s *server) bringUp(ctx context.Context, cfg config, onExit func(error)) error {
 	if cfg.database == nil {
 		folder, err := openDevFolder()
 		if err != nil {
 			return err
 		}
-		if s.private, err = startDevDB(ctx, folder, s.log, failed); err != nil {
+		if s.private, err = startDevDB(ctx, folder, s.log, onExit); err != nil {
 			return err
 		}
 		cfg.database = &s.private.config

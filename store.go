@@ -27,8 +27,8 @@ var (
 	errNoTurn      = errors.New("the user's other requests take all of their share")
 )
 
-// A store holds the tasks in PostgreSQL. Each method runs one statement, which is sent once unless
-// repeating it is harmless, within the store's time limit. The owner is its first argument and first
+// A store holds the tasks in PostgreSQL. Each method runs one statement (conditional another one, for
+// the words), which is sent once unless repeating it is harmless, within the store's time limit. The owner is its first argument and first
 // condition. A method fails with errNotFound and the like, or with an error of the database.
 type store struct {
 	db      *sql.DB
@@ -78,11 +78,10 @@ func (s *store) applySchema(ctx context.Context) error {
 	if applied {
 		err = perform(asking, s.probe, `SELECT `+taskColumns+` FROM tasks LIMIT 0`, nil, discard)
 	}
-	missing := pq.As(err, "42703") != nil // undefined_column: one that this version has added
-	if err != nil && !missing || applied && !missing {
-		return err
+	if undefined := pq.As(err, "42703"); undefined != nil || err == nil && !applied { // a column that this version has added
+		return perform(ctx, s.probe, schema, nil, discard)
 	}
-	return perform(ctx, s.probe, schema, nil, discard)
+	return err
 }
 
 // perform sends one statement over a connection of db, as careful.run does. One that turns out to have ended
