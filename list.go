@@ -153,16 +153,9 @@ func (q listQuery) decodeCursor(user, cursor string) *keyset {
 
 // place returns the keyset of a task in this list.
 func (q listQuery) place(t task) *keyset {
-	k := keyset{id: t.id}
-	switch q.sortBy {
-	case "title":
-		k.value = t.title
-	case "created_at":
-		k.value = string(appendRFC3339(nil, t.createdAt))
-	case "updated_at":
-		k.value = string(appendRFC3339(nil, t.updatedAt))
-	}
-	return &k
+	value := map[string]string{"title": t.title, "created_at": string(appendRFC3339(nil, t.createdAt)),
+		"updated_at": string(appendRFC3339(nil, t.updatedAt))}
+	return &keyset{value[q.sortBy], t.id}
 }
 
 func (s *server) listTasks(w *response, r *http.Request, user string) error {

@@ -224,13 +224,11 @@ func newLogger(cfg config, stderr io.Writer) *slog.Logger {
 	return logger
 }
 
-// limitMemory has the garbage collector work less while there is little memory in use, and more from
-// where many slow readers take much. The environment's GOGC and GOMEMLIMIT come first.
+// limitMemory makes the garbage collector work little up to 128 MiB, and then as much as many slow readers
+// call for, unless the environment says how.
 func limitMemory() {
-	if os.Getenv("GOGC") == "" {
+	if os.Getenv("GOGC") == "" && os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetGCPercent(300)
-	}
-	if os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetMemoryLimit(128 << 20)
 	}
 }
