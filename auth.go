@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/base64"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"math"
 	"net/http"
@@ -73,10 +72,7 @@ func (a *authenticator) own(next func(*response, *http.Request, string) error) h
 
 // bearer returns the token from the lines of the Authorization header (RFC 6750 section 2.1).
 func bearer(lines []string) (string, error) {
-	if len(lines) != 1 {
-		return "", errNoBearer
-	}
-	scheme, token, _ := strings.Cut(lines[0], " ")
+	scheme, token, _ := strings.Cut(strings.Join(lines, "\t"), " ") // of two lines: with a tab
 	token = strings.Trim(token, " ")
 	if !strings.EqualFold(scheme, "Bearer") || token == "" || strings.ContainsAny(token, " \t") {
 		return "", errNoBearer
@@ -119,10 +115,10 @@ func (a *authenticator) remember(token string, v verified) {
 func (a *authenticator) judge(ctx context.Context, token string, now float64) (v verified, err error) {
 	head, rest, _ := strings.Cut(token, ".")
 	body, signature, ok := strings.Cut(rest, ".") // no further dot is base64url
-	header, err := tokenPart(head)
-	claims, err2 := tokenPart(body)
-	sig, err3 := base64.RawURLEncoding.Strict().DecodeString(signature)
-	if !ok || errors.Join(err, err2, err3) != nil {
+	header, ok1 := tokenPart(head)
+	claims, ok2 := tokenPart(body)
+	sig, err := base64.RawURLEncoding.Strict().DecodeString(signature)
+	if !ok || !ok1 || !ok2 || err != nil {
 		return v, invalid("not a JWT")
 	}
 	if header.members["crit"].count > 0 {
@@ -183,16 +179,10 @@ func (a *authenticator) accept(claims jsonValue, now float64) (v verified, err e
 }
 
 // tokenPart decodes a part of a token that must be a JSON object.
-func tokenPart(part string) (jsonValue, error) {
+func tokenPart(part string) (v jsonValue, ok bool) {
 	text, err := base64.RawURLEncoding.Strict().DecodeString(part)
-	if err != nil {
-		return jsonValue{}, err
-	}
 	v, fault := parseJSON(text)
-	if fault != nil || !v.isObject() {
-		return v, errInvalidToken
-	}
-	return v, nil
+	return v, err == nil && fault == nil && v.isObject()
 }
 
 // claimText returns a string that is there exactly once.

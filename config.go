@@ -103,11 +103,8 @@ func parseConfig(getenv func(string) string) (config, error) {
 // be anybody's.
 func checkJWKSURL(text string) error {
 	u, err := url.Parse(text)
-	if err != nil || u.Hostname() == "" || u.Scheme != "https" && u.Scheme != "http" {
-		return errors.New("must be a URL like https://app.example.com/api/auth/jwks")
-	}
-	if u.Scheme == "http" && !isLoopback(u.Hostname()) {
-		return errors.New("must begin with https://, except to localhost")
+	if err != nil || u.Hostname() == "" || u.Scheme != "https" && (u.Scheme != "http" || !isLoopback(u.Hostname())) {
+		return errors.New("must be a URL like https://app.example.com/api/auth/jwks, with http:// only to localhost")
 	}
 	return nil
 }

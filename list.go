@@ -37,7 +37,7 @@ type listQuery struct {
 	after       *keyset // from the cursor
 }
 
-// A keyset is the place of a task in an order: the value it is sorted by, unless that is the id, and the id.
+// A keyset is the place of a task in an order: the value it is sorted by, and the id.
 type keyset struct {
 	value string
 	id    int64
@@ -143,7 +143,7 @@ func (q listQuery) decodeCursor(user, cursor string) *keyset {
 	id, value, _ := strings.Cut(string(b[12:]), " ")
 	k := keyset{value: value}
 	k.id, err = strconv.ParseInt(id, 10, 64)
-	valid := map[string]bool{"id": value == "", "title": utf8.ValidString(value) && !strings.ContainsRune(value, 0),
+	valid := map[string]bool{"id": value == id, "title": utf8.ValidString(value) && !strings.ContainsRune(value, 0),
 		"created_at": isRFC3339(value), "updated_at": isRFC3339(value)}
 	if err != nil || !valid[q.sortBy] || q.encodeCursor(user, k) != cursor {
 		return nil
@@ -153,8 +153,8 @@ func (q listQuery) decodeCursor(user, cursor string) *keyset {
 
 // place returns the keyset of a task in this list.
 func (q listQuery) place(t task) *keyset {
-	value := map[string]string{"title": t.title, "created_at": string(appendRFC3339(nil, t.createdAt)),
-		"updated_at": string(appendRFC3339(nil, t.updatedAt))}
+	value := map[string]string{"id": strconv.FormatInt(t.id, 10), "title": t.title,
+		"created_at": string(appendRFC3339(nil, t.createdAt)), "updated_at": string(appendRFC3339(nil, t.updatedAt))}
 	return &keyset{value[q.sortBy], t.id}
 }
 
@@ -191,12 +191,7 @@ func (s *server) listTasks(w *response, r *http.Request, user string) error {
 
 // nextPage returns the URL, as a path, of the same list from cursor on.
 func nextPage(user, rawQuery, cursor string) string {
-	query := url.Values{}
-	for name, value := range parameters(rawQuery) {
-		if text, err := url.QueryUnescape(value); err == nil {
-			query.Set(name, text)
-		}
-	}
+	query, _ := url.ParseQuery(strings.ReplaceAll(rawQuery, ";", "%3B")) // ; is data; what is broken is left out
 	query.Del("cursor")
 	return "/api/" + url.PathEscape(user) + "/tasks?" + query.Encode() + "&cursor=" + cursor
 }
@@ -294,15 +289,9 @@ func (q listQuery) statement(user string, n int64) (string, []any) {
 	if q.descending {
 		comparison, direction = " < ", " DESC"
 	}
-	if q.after != nil && q.sortBy == "id" {
-		text += ` AND id` + comparison + arg(q.after.id)
-	} else if q.after != nil {
+	if q.after != nil {
 		text += ` AND (tasks.` + q.sortBy + `, id)` + comparison + `(` + arg(q.after.value) + `, ` + arg(q.after.id) + `)`
 	}
-	text += ` ORDER BY `
-	if q.sortBy != "id" {
-		text += `tasks.` + q.sortBy + direction + `, `
-	}
-	text += `id` + direction + ` LIMIT ` + arg(n)
+	text += ` ORDER BY tasks.` + q.sortBy + direction + `, id` + direction + ` LIMIT ` + arg(n)
 	return text, args // not in one expression: when args is read beside a call that changes it is unspecified
 }

@@ -161,7 +161,7 @@ func TestALinkKeepsTheListAndLeadsToItsRest(t *testing.T) {
 			asked, _ := url.ParseQuery(strings.ReplaceAll(query, ";", "%3B"))
 			kept, err := url.ParseQuery(strings.SplitN(link+"?", "?", 3)[1])
 			for name, values := range asked {
-				if link != "" && name != "" && (err != nil || kept.Get(name) != values[len(values)-1]) {
+				if link != "" && name != "" && (err != nil || !slices.Equal(kept[name], values)) {
 					t.Errorf("%s: %s does not keep %q: %v", query, link, name, err)
 				}
 			}
@@ -375,7 +375,9 @@ func TestEveryListIsReadFromAnIndexOfTheUser(t *testing.T) {
 		for _, q := range []listQuery{{}, {descending: true}, {isCompleted: &yes}, {search: "x"},
 			{after: &keyset{"2026-01-01T00:00:00.000000Z", 100_000}},
 			{after: &keyset{"2026-01-01T00:00:00.000000Z", 100_000}, descending: true}} {
-			q.sortBy = sort
+			if q.sortBy = sort; sort == "id" && q.after != nil {
+				q.after.value = "100000"
+			}
 			statement, args := q.statement("user 7", 21)
 			rows, err := s.tasks().db.Query("EXPLAIN "+statement, args...)
 			if err != nil {
@@ -401,7 +403,7 @@ func TestEveryListIsReadFromAnIndexOfTheUser(t *testing.T) {
 }
 
 func FuzzCursor(f *testing.F) {
-	f.Add("ann", "id", false, int64(7), "", "", "AAAA")
+	f.Add("ann", "id", false, int64(7), "7", "", "AAAA")
 	f.Add("b\x00b", "title", true, int64(-1), " a  b ", "x", "")
 	f.Add("é", "created_at", true, int64(1<<62), "2026-01-02T03:04:05.000000Z", "%", "====")
 	f.Add("x", "created_at", false, int64(1), "2026-01-02T03:04:05.+10000Z", "", "")
@@ -411,7 +413,7 @@ func FuzzCursor(f *testing.F) {
 		if k := q.decodeCursor(user, cursor); k != nil && q.encodeCursor(user, *k) != cursor {
 			t.Errorf("%q became %v", cursor, k)
 		}
-		ok := sortBy == "id" && value == "" || sortBy == "title" && utf8.ValidString(value) && !strings.ContainsRune(value, 0)
+		ok := sortBy == "id" && value == fmt.Sprint(id) || sortBy == "title" && utf8.ValidString(value) && !strings.ContainsRune(value, 0)
 		if at, err := time.Parse(time.RFC3339, value); sortBy == "created_at" || sortBy == "updated_at" {
 			ok = err == nil && at.Year() > 0 && regexp.MustCompile(`^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z$`).MatchString(value)
 		}

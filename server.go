@@ -176,7 +176,9 @@ func (s *server) logged(next handler) http.Handler {
 			h["Connection"] = []string{"close"}
 		}
 		if r.ContentLength != 0 {
-			_ = http.NewResponseController(rw).SetReadDeadline(start.Add(bodyTimeout))
+			control := http.NewResponseController(rw)
+			_ = control.SetReadDeadline(start.Add(bodyTimeout))
+			defer context.AfterFunc(r.Context(), func() { _ = control.SetReadDeadline(time.Now()) })()
 		}
 		err := recovered(func() error { return next(w, r) })
 		broken := err != nil && w.status != 0 // after the beginning of an answer
@@ -275,9 +277,6 @@ func readBody(w *response, r *http.Request) (jsonValue, error) {
 	if r.ContentLength > maxBody {
 		return jsonValue{}, tooLarge
 	}
-	control := http.NewResponseController(w)
-	stop := context.AfterFunc(r.Context(), func() { _ = control.SetReadDeadline(time.Now()) })
-	defer stop()
 	text := bytes.NewBuffer(make([]byte, 0, max(r.ContentLength, 0)+bytes.MinRead))
 	_, err := text.ReadFrom(io.LimitReader(r.Body, maxBody+1))
 	switch {
@@ -292,7 +291,7 @@ func readBody(w *response, r *http.Request) (jsonValue, error) {
 		w.Header()["Connection"] = []string{"close"}
 		return jsonValue{}, &httpError{http.StatusBadRequest, "Request body incomplete or malformed"}
 	}
-	_ = control.SetReadDeadline(time.Time{})
+	_ = http.NewResponseController(w).SetReadDeadline(time.Time{})
 	if lines, ok := r.Header["Content-Type"]; ok {
 		media, _, err := mime.ParseMediaType(strings.Join(lines, ", ")) // of two lines: malformed
 		structured, _ := path.Match("?*/?*+json", media)

@@ -118,12 +118,6 @@ func (v *validation) text(raw []byte, name string, lower, upper int) *string {
 	return &text
 }
 
-// taskID reads the path's task_id.
-func (v *validation) taskID(r *http.Request) int64 {
-	id, _ := v.integer(r.PathValue("task_id"), "path", "task_id")
-	return id
-}
-
 // idempotencyKey reads the header of that name, "" when there is none.
 func (v *validation) idempotencyKey(r *http.Request) string {
 	lines, ok := r.Header["Idempotency-Key"]
@@ -165,7 +159,7 @@ func (s *server) createTask(w *response, r *http.Request, user string) error {
 
 func (s *server) task(w *response, r *http.Request, user string) error {
 	var v validation
-	id := v.taskID(r)
+	id, _ := v.integer(r.PathValue("task_id"), "path", "task_id")
 	if v != nil {
 		return v
 	}
@@ -187,7 +181,7 @@ func (s *server) updateTask(w *response, r *http.Request, user string) error {
 		return err
 	}
 	var v validation
-	id := v.taskID(r)
+	id, _ := v.integer(r.PathValue("task_id"), "path", "task_id")
 	in := v.taskInput(body, false)
 	if v != nil {
 		return v
@@ -201,7 +195,7 @@ func (s *server) updateTask(w *response, r *http.Request, user string) error {
 
 func (s *server) deleteTask(w *response, r *http.Request, user string) error {
 	var v validation
-	id := v.taskID(r)
+	id, _ := v.integer(r.PathValue("task_id"), "path", "task_id")
 	if v != nil {
 		return v
 	}
