@@ -103,12 +103,13 @@ func (a *authenticator) subject(ctx context.Context, token string) (string, erro
 func (a *authenticator) remember(token string, v verified) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if len(token) > maxVerifiedBytes {
+		return
+	}
 	if len(a.verified) == maxVerified || a.verified == nil {
 		a.verified = map[string]verified{}
 	}
-	if len(token) <= maxVerifiedBytes {
-		a.verified[strings.Clone(token)] = v
-	}
+	a.verified[token] = v
 }
 
 // judge checks all of a token but its expiry.

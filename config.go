@@ -34,7 +34,7 @@ type config struct {
 	warnings    []string
 }
 
-// A configError has one line for each fault of the environment, none of which quotes a secret.
+// A configError has one line for each fault of the environment, or of the command line. None quotes a secret.
 type configError struct{ error }
 
 // parseConfig reads the configuration from the environment. Its error is a configError with all faults.

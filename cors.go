@@ -14,7 +14,7 @@ const (
 	corsMethods = "GET, POST, PATCH, DELETE"
 	corsHeaders = "Authorization, Content-Type, If-Match, If-None-Match, Idempotency-Key, X-Request-ID"
 	corsExposed = "ETag, Link, Location, Retry-After, X-Request-ID"
-	corsMaxAge  = "7200" // seconds; no browser keeps it longer than a few hours
+	corsMaxAge  = "7200" // seconds; Chromium keeps it no longer
 )
 
 // cors lets pages of the given origins call next (Fetch standard, section 3.2 "CORS protocol"). It

@@ -129,7 +129,7 @@ func (j *jwks) latest() *fetch {
 	j.last = f
 	go func() {
 		defer close(f.done)
-		keys, err := j.fetch()
+		keys, err := j.ask()
 		if f.err = err; err == nil {
 			j.known.Store(&keys)
 		} else {
@@ -139,9 +139,9 @@ func (j *jwks) latest() *fetch {
 	return f
 }
 
-// fetch asks the endpoint once. An answer is good when it is a JWKS, be it an empty one; keys in it
+// ask asks the endpoint once. An answer is good when it is a JWKS, be it an empty one; keys in it
 // that this service cannot use are passed over.
-func (j *jwks) fetch() ([]jwk, error) {
+func (j *jwks) ask() ([]jwk, error) {
 	response, err := j.client.Get(j.url)
 	if err != nil {
 		return nil, err

@@ -336,7 +336,8 @@ type patientConn struct {
 	limit time.Duration
 }
 
-// Write fails when the peer has taken nothing for the limit, or a sixth more.
+// Write fails when the peer has taken nothing for the limit, or a sixth more: it asks so often since Linux calls
+// a socket writable, and wakes who waits for that, only when a third of its buffer is free.
 func (c patientConn) Write(b []byte) (written int, err error) {
 	for end := time.Now().Add(c.limit); ; {
 		_ = c.SetWriteDeadline(time.Now().Add(c.limit / 6))

@@ -206,12 +206,18 @@ func TestWhatHasNotFinishedAfter25SecondsGetsA503(t *testing.T) {
 	answer := make(chan reply, 1)
 	go func() { answer <- p.as(t, testSecret, "DELETE", "/api/demo/tasks/1", "") }()
 	eventually(t, "the request is in flight", func() bool { return others(t, database, waiting) == "1" })
+	stranger := must(net.Dial("tcp", strings.TrimPrefix(p.url, "http://"))) // whose body never ends
+	defer stranger.Close()
+	must(fmt.Fprint(stranger, "POST /api/demo/tasks HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{"))
 	began := time.Now()
 	_ = p.Process.Signal(syscall.SIGTERM)
 	got := <-answer
 	got.is(t, 503, `{"detail":"Service temporarily unavailable"}`)
 	if took := time.Since(began).Round(time.Second); took < 24*time.Second || took > 27*time.Second || got.header.Get("Retry-After") == "" {
 		t.Errorf("answered after %s: %v", took, got.header)
+	}
+	if refused := must(http.ReadResponse(bufio.NewReader(stranger), nil)); refused.StatusCode != 401 {
+		t.Errorf("the stranger gets %s", refused.Status)
 	}
 	p.exits(t, 0, "stopping")
 	release()
