@@ -51,6 +51,18 @@ const (
 	maxVerifiedBytes = 2048 // in one token; one that is longer is checked each time
 )
 
+// authenticator makes what judges tokens from the configuration.
+func (c config) authenticator() (a *authenticator, err error) {
+	a = &authenticator{secret: []byte(c.secret), issuer: c.issuer, audience: c.audience}
+	if c.secret == "" && c.development {
+		a.secret, err = developmentSecret()
+	}
+	if c.jwksURL != "" {
+		a.jwks = newJWKS(c.jwksURL)
+	}
+	return a, err
+}
+
 // own guards a route: next runs only for the user whom both the token and the path name.
 func (a *authenticator) own(next func(*response, *http.Request, string) error) handler {
 	return func(w *response, r *http.Request) error {
@@ -115,7 +127,7 @@ func (a *authenticator) remember(token string, v verified) {
 // judge checks all of a token but its expiry.
 func (a *authenticator) judge(ctx context.Context, token string, now float64) (v verified, err error) {
 	head, rest, _ := strings.Cut(token, ".")
-	body, signature, ok := strings.Cut(rest, ".") // no further dot is base64url
+	body, signature, ok := strings.Cut(rest, ".") // a third dot is no base64url
 	header, ok1 := tokenPart(head)
 	claims, ok2 := tokenPart(body)
 	sig, err := base64.RawURLEncoding.Strict().DecodeString(signature)
@@ -125,7 +137,7 @@ func (a *authenticator) judge(ctx context.Context, token string, now float64) (v
 	if header.members["crit"].count > 0 {
 		return v, invalid("crit") // RFC 7515 section 4.1.11: no extension is understood here
 	}
-	if v, err = a.accept(claims, now); err != nil {
+	if v, err = a.readClaims(claims, now); err != nil {
 		return v, err
 	}
 	return v, a.verify(ctx, header, strings.TrimSuffix(token, "."+signature), sig)
@@ -156,8 +168,8 @@ func (a *authenticator) verify(ctx context.Context, header jsonValue, signed str
 	return invalid("signature, or no such key")
 }
 
-// accept reads the claims, and fails when they are not to be accepted whatever the signature.
-func (a *authenticator) accept(claims jsonValue, now float64) (v verified, err error) {
+// readClaims reads the claims, and fails when they are not to be accepted whatever the signature.
+func (a *authenticator) readClaims(claims jsonValue, now float64) (v verified, err error) {
 	var ok bool
 	if v.user, ok = claimText(claims, "sub"); !ok || v.user == "" || len(v.user) > maxSubject {
 		return v, invalid("sub")

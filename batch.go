@@ -104,9 +104,10 @@ func (b *batcher) next() {
 	// just about to end well for the others.
 	first := slices.MinFunc(members, func(m, other *member) int { return m.deadline.Compare(other.deadline) })
 	ctx, cancel := context.WithDeadline(context.Background(), first.deadline.Add(cancelGrace))
+	staying := n
 	for _, m := range members {
 		m.leave = func() {
-			if n--; n == 0 {
+			if staying--; staying == 0 {
 				cancel()
 			}
 		}

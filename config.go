@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"net/url"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/lib/pq"
@@ -82,6 +83,9 @@ func parseConfig(getenv func(string) string) (config, error) {
 	var err error
 	if c.origins, err = parseOrigins(value("CORS_ORIGINS", "http://localhost:3000")); err != nil {
 		fault("CORS_ORIGINS", "%w", err)
+	}
+	if strings.ContainsAny(c.host, "[]/ ") {
+		fault("HOST", "must be an address or a name, without brackets and port")
 	}
 	if n, err := strconv.ParseUint(c.port, 10, 16); err != nil || n == 0 {
 		fault("PORT", "must be a number from 1 to 65535")

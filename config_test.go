@@ -89,6 +89,7 @@ var faulty = map[string][]string{
 		"https:///jwks", "https://:443/", "https://a b/", "http://%zz/", "https"},
 	"CORS_ORIGINS": {"*", "http://a/", "http://a,", "null", " ", "http://A", "https://user:s3cr3t@a.example",
 		strings.Repeat("https://a.example/", 20)},
+	"HOST":            {"[::1]", "::1]:8000", "http://a", "a b"},
 	"PORT":            {"0", "65536", "-1", "+1", "http", "8000 ", "80.0", "0x50", "99999999999999999999"},
 	"DB_POOL_SIZE":    {"0", "-1", "x", "1.5", "16 ", "99999999999999999999"},
 	"DB_POOL_TIMEOUT": {"0", "0s", "-1s", "5", "30.000000001s", "31s", "1h", "x", "5 s", "9999999999h"},
@@ -113,8 +114,8 @@ func TestEveryFaultIsALineThatNamesTheVariableAndPrintsNoSecret(t *testing.T) {
 		}
 	}
 	var all []string
-	for _, name := range []string{"DATABASE_URL", "BETTER_AUTH_SECRET", "BETTER_AUTH_JWKS_URL", "CORS_ORIGINS", "PORT", "DB_POOL_SIZE",
-		"DB_POOL_TIMEOUT"} {
+	for _, name := range []string{"DATABASE_URL", "BETTER_AUTH_SECRET", "BETTER_AUTH_JWKS_URL", "CORS_ORIGINS", "HOST", "PORT",
+		"DB_POOL_SIZE", "DB_POOL_TIMEOUT"} {
 		for _, value := range faulty[name] {
 			_, err := parseConfig(environment(name + "=" + value))
 			check(1, err, name+"="+value)

@@ -18,7 +18,7 @@ const (
 )
 
 // cors lets pages of the given origins call next (Fetch standard, section 3.2 "CORS protocol"). It
-// stands outside all that can answer with an error, so that a page can read that too, and answers
+// sets its headers before anything can fail, so that a page can read errors too, and answers
 // preflights itself: they come without a token.
 func cors(origins []string, next handler) handler {
 	return func(w *response, r *http.Request) error {

@@ -54,8 +54,8 @@ func newConnector(cfg pq.Config, timeout time.Duration) *connector {
 	if cfg.ConnectTimeout > 0 {
 		timeout = min(timeout, cfg.ConnectTimeout)
 	}
-	cfg.ConnectTimeout = 0 // this connector keeps the time itself
-	inner, _ := pq.NewConnectorConfig(cfg)
+	cfg.ConnectTimeout = 0                 // this connector keeps the time itself
+	inner, _ := pq.NewConnectorConfig(cfg) // which pq.NewConfig has judged
 	inner.Dialer(dialer{})
 	return &connector{inner, timeout / time.Duration(1+len(cfg.Multi))}
 }
@@ -65,7 +65,7 @@ func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel() // closes what is left of tries that came to nothing: lib/pq forgets one with sslmode=prefer
 	slot := &dialSlot{limit: c.timeout}
-	inner, err := c.Connector.Connect(context.WithValue(ctx, dialer{}, slot))
+	inner, err := c.Connector.Connect(context.WithValue(ctx, dialSlotKey{}, slot))
 	if err != nil {
 		return nil, connectError{err}
 	}
@@ -87,9 +87,11 @@ type dialSlot struct {
 // context, and for cancel requests, without.
 type dialer struct{ pq.Dialer }
 
+type dialSlotKey struct{}
+
 // DialContext sets a deadline that also holds for the TLS and PostgreSQL handshakes which follow.
 func (dialer) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
-	slot, ok := ctx.Value(dialer{}).(*dialSlot)
+	slot, ok := ctx.Value(dialSlotKey{}).(*dialSlot)
 	if !ok {
 		slot = &dialSlot{limit: cancelDial}
 	}
@@ -155,14 +157,14 @@ func (c *careful) IsValid() bool { return !c.broken && c.pqConn.IsValid() }
 // prepared are then another's. It gives its clients keys of its own making for cancel requests, where
 // PostgreSQL gives its process number: they agree only where there is no pooler.
 func (c *careful) checkDirect(ctx context.Context) error {
-	key := reflect.ValueOf(c.pqConn).Elem().FieldByName("pid") // lib/pq has no other way to ask
+	key := reflect.ValueOf(c.pqConn).Elem().FieldByName("pid") // not exported; were it renamed, all would count as pooled
 	return c.run(ctx, "SELECT pg_backend_pid()", nil, func(row []driver.Value) {
 		c.direct = key.IsValid() && key.CanInt() && row[0] == key.Int()
 	})
 }
 
-// run sends one statement and hands each row of its result to row; what is in it is valid until row
-// returns. It has read the server's last word when it returns without an error. driver.ErrBadConn says
+// run sends one statement and hands each row of its result to row; the slice is then used
+// again. It has read the server's last word when it returns without an error. driver.ErrBadConn says
 // that nothing was sent.
 func (c *careful) run(ctx context.Context, query string, args []driver.NamedValue, row func([]driver.Value)) error {
 	if !c.net.quiet() {

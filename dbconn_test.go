@@ -6,6 +6,7 @@ import (
 	"database/sql"
 	"encoding/binary"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/http"
 	"path/filepath"
@@ -496,6 +497,9 @@ func TestAStatementBehindALockIsCancelledAndNotAppliedLater(t *testing.T) {
 			if name == "client hangs up" {
 				hangUp()
 				eventually(t, "the statement is cancelled", func() bool { return others(t, database, waiting) == "0" })
+				eventually(t, "it is in the log, and no warning", func() bool {
+					return strings.Contains(strings.Join(s.logs.at(slog.LevelInfo), ""), `"status":503`)
+				})
 			}
 			if group.Wait(); others(t, database, waiting) != "0" || time.Since(start) > limit+time.Second {
 				t.Errorf("the statement still waits, or %s was too long", time.Since(start))

@@ -99,7 +99,7 @@ func startDevDB(ctx context.Context, f devFolder, log *slog.Logger, onExit func(
 			_ = db.stop()
 		}
 	}()
-	logFile, err := f.openLog(ctx)
+	logFile, err := f.takeOver(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -202,10 +202,10 @@ func lock(path string, how int) (*os.File, error) {
 	return file, nil
 }
 
-// openLog opens the server's log and locks it: since that is the server's stderr, it is locked as long as the
+// takeOver opens the server's log and locks it: since that is the server's stderr, it is locked as long as the
 // server runs. One that a killed service has left behind is ended here. The rest, crash recovery included,
 // PostgreSQL does itself.
-func (f devFolder) openLog(ctx context.Context) (*os.File, error) {
+func (f devFolder) takeOver(ctx context.Context) (*os.File, error) {
 	pidFile := filepath.Join(f.path, "data", "postmaster.pid")
 	for start := time.Now(); ; time.Sleep(20 * time.Millisecond) {
 		file, err := lock(filepath.Join(f.path, "postgres.log"), syscall.LOCK_NB)

@@ -83,9 +83,9 @@ func (s *jsonScanner) space() {
 	}
 }
 
-// literal matches the values that hold no others and no text, as Python does: the 1 in 01 is for the caller to
+// scalar matches the values that hold no others and no text, as Python does: the 1 in 01 is for the caller to
 // refuse.
-var literal = regexp.MustCompile(`^(?:true|false|null|-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)`)
+var scalar = regexp.MustCompile(`^(?:true|false|null|-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)`)
 
 // value scans one value inside depth arrays and objects.
 func (s *jsonScanner) value(depth int) *jsonError {
@@ -101,8 +101,8 @@ func (s *jsonScanner) value(depth int) *jsonError {
 	}
 	rest := s.text[s.pos:]
 	word := rest[:len(rest)-len(bytes.TrimLeft(rest, "+-.0123456789Eaeflnrstu"))]
-	if !json.Valid(word) { // which is far faster than a pattern
-		word = literal.Find(word)
+	if !json.Valid(word) { // only what is refused, like 01, needs the slow pattern, which finds its valid beginning
+		word = scalar.Find(word)
 	}
 	if len(word) == 0 {
 		return s.fault("Expecting value")

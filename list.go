@@ -102,6 +102,7 @@ func (v *validation) listQuery(r *http.Request, user string) (q listQuery) {
 		}
 		q.limit = int(n)
 	})
+	// the last one: its checksum covers all of the above
 	each("cursor", func(text string) {
 		if q.after = q.decodeCursor(user, text); q.after == nil {
 			v.valueError("the cursor is damaged or belongs to another list: start again without it", quote(text), "query", "cursor")
@@ -123,7 +124,6 @@ func (v *validation) oneOf(text, name string, words ...string) string {
 // A cursor is unpadded base64url of a checksum and a keyset. The checksum is of all that the keyset
 // means something for: the user, the order, the filter. It keeps out what is damaged or of another
 // list; it need not keep out forgers, since every statement filters by user_id anyway.
-
 func (q listQuery) encodeCursor(user string, k keyset) string {
 	return base64.RawURLEncoding.EncodeToString(append(q.checksum(user, k), strconv.FormatInt(k.id, 10)+" "+k.value...))
 }
@@ -175,11 +175,12 @@ func (s *server) listTasks(w *response, r *http.Request, user string) error {
 	c, err := s.tasks().chunk(r.Context(), user, q, tasks, size, append((*buffer)[:0], '['))
 	if err == nil && q.limit > 0 && c.more {
 		w.Header().Set("Link", "<"+nextPage(user, r.URL.RawQuery, q.encodeCursor(user, *c.last))+`>; rel="next"`)
-		c.more = false
 	}
-	if err == nil && c.more {
+	switch {
+	case err != nil:
+	case c.more && q.limit == 0:
 		c.json, err = s.streamTasks(w, r, user, q, c)
-	} else if err == nil {
+	default:
 		c.json = append(c.json, ']')
 		err = w.json(http.StatusOK, c.json)
 	}
@@ -215,6 +216,9 @@ func (s *server) streamTasks(w *response, r *http.Request, user string, q listQu
 		tasks, buffer, err := c.next, append(c.json[:0], ','), errNoTurn
 		for errors.Is(err, errNoTurn) && r.Context().Err() == nil { // a list under way has time to wait for its turn
 			c, err = s.tasks().chunk(r.Context(), user, q, tasks, chunkBytes, buffer)
+		}
+		if r.Context().Err() != nil {
+			err = context.Cause(r.Context())
 		}
 		if err != nil {
 			return c.json, err
@@ -260,7 +264,7 @@ func (s *store) chunk(ctx context.Context, user string, q listQuery, n, maxBytes
 		c.last = q.place(last)
 		if c.more && count < n {
 			c.next = count
-			return c, nil
+			return c, nil // the error is that of cancel
 		}
 		if len(c.json)-start < maxBytes/2 {
 			c.next = min(2*n, chunkTasks)
@@ -293,5 +297,5 @@ func (q listQuery) statement(user string, n int64) (string, []any) {
 		text += ` AND (tasks.` + q.sortBy + `, id)` + comparison + `(` + arg(q.after.value) + `, ` + arg(q.after.id) + `)`
 	}
 	text += ` ORDER BY tasks.` + q.sortBy + direction + `, id` + direction + ` LIMIT ` + arg(n)
-	return text, args // not in one expression: when args is read beside a call that changes it is unspecified
+	return text, args // arg changes args, and Go leaves open which of a return's operands is read first
 }

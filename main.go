@@ -51,7 +51,7 @@ const (
 
 	drainTime    = time.Second            // from the signal until the listener closes: balancers need to notice
 	finishTime   = 25 * time.Second       // from the signal until requests in flight get a 503
-	abandonTime  = 2 * time.Second        // more, until their connections are cut
+	abandonTime  = 2 * time.Second        // from finishTime until connections are cut
 	headStart    = 100 * time.Millisecond // for a database that is up, so that nobody gets a 503 at the start
 	schemaPeriod = 250 * time.Millisecond
 )
@@ -103,18 +103,6 @@ func version() string {
 	return info.Main.Version
 }
 
-// authenticator makes what judges tokens from the configuration.
-func (c config) authenticator() (a *authenticator, err error) {
-	a = &authenticator{secret: []byte(c.secret), issuer: c.issuer, audience: c.audience}
-	if c.secret == "" && c.development {
-		a.secret, err = developmentSecret()
-	}
-	if c.jwksURL != "" {
-		a.jwks = newJWKS(c.jwksURL)
-	}
-	return a, err
-}
-
 // printToken prints a development token alone, so that a shell can take it.
 func printToken(cfg config, args []string, stdout io.Writer) error {
 	flags := flag.NewFlagSet("taskflow token", flag.ContinueOnError)
@@ -156,7 +144,11 @@ func healthcheck(cfg config) error {
 // serve listens at once, brings up the database behind it, and serves until a signal comes or the
 // database turns out to be one that cannot be used.
 func serve(ctx context.Context, cfg config, stdout, stderr io.Writer) (err error) {
-	signals, stopSignals := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	stops := []os.Signal{syscall.SIGINT, syscall.SIGTERM}
+	if !signal.Ignored(syscall.SIGHUP) { // by nohup
+		stops = append(stops, syscall.SIGHUP)
+	}
+	signals, stopSignals := signal.NotifyContext(ctx, stops...)
 	defer stopSignals()
 	logger := newLogger(cfg, stderr)
 	limitMemory()
@@ -171,7 +163,7 @@ func serve(ctx context.Context, cfg config, stdout, stderr io.Writer) (err error
 
 	// Requests live on after the signal, so their context is not that of the signals.
 	base, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
-	abandon := func() { cancel(errUnavailable) }
+	abandon := func() { cancel(errStopping) }
 	defer abandon()
 	httpServer := s.httpServer(base)
 	listener, err := new(net.ListenConfig).Listen(signals, "tcp", net.JoinHostPort(cfg.host, cfg.port))
@@ -224,8 +216,8 @@ func newLogger(cfg config, stderr io.Writer) *slog.Logger {
 	return logger
 }
 
-// limitMemory makes the garbage collector work little up to 128 MiB, and then as much as many slow readers
-// call for, unless the environment says how.
+// limitMemory lets the heap grow to four times of what is in use, but beyond 128 MiB has the garbage collector
+// run more often, unless the environment says how.
 func limitMemory() {
 	if os.Getenv("GOGC") == "" && os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetGCPercent(300)
@@ -240,7 +232,7 @@ func (s *server) httpServer(base context.Context) *http.Server {
 		ReadHeaderTimeout: headerTimeout,
 		MaxHeaderBytes:    headerBytes,
 		IdleTimeout:       idleTimeout,
-		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug), // nowhere: strangers' nonsense is no news
 		BaseContext:       func(net.Listener) context.Context { return base },
 
 		DisableGeneralOptionsHandler: true,
@@ -301,7 +293,8 @@ func shutdown(httpServer *http.Server, abandon func(), failed <-chan error) erro
 	defer cancel()
 	select {
 	case <-time.After(drainTime):
-		return errors.Join(httpServer.Shutdown(ctx), httpServer.Close())
+		_ = httpServer.Shutdown(ctx) // who reads nothing is not there to be waited for any longer
+		return httpServer.Close()
 	case err := <-failed:
 		return err
 	}
@@ -336,8 +329,8 @@ type patientConn struct {
 	limit time.Duration
 }
 
-// Write fails when the peer has taken nothing for the limit, or a sixth more: it asks so often since Linux calls
-// a socket writable, and wakes who waits for that, only when a third of its buffer is free.
+// Write fails when the peer has taken nothing for the limit, or a sixth more. It tries again so often because
+// Linux wakes who waits only when a third of the socket's buffer is free: that may take a slow reader long.
 func (c patientConn) Write(b []byte) (written int, err error) {
 	for end := time.Now().Add(c.limit); ; {
 		_ = c.SetWriteDeadline(time.Now().Add(c.limit / 6))

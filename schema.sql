@@ -14,6 +14,7 @@ CREATE TABLE IF NOT EXISTS tasks (
   is_completed boolean NOT NULL DEFAULT false,
   created_at timestamptz NOT NULL DEFAULT now(),
   updated_at timestamptz NOT NULL DEFAULT now(), -- strictly increasing for a task; its entity tag is made of it
+  -- its name makes the index of that name, below, one that exists
   CONSTRAINT tasks_user_id_id_idx PRIMARY KEY (user_id, id)
 );
 

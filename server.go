@@ -41,7 +41,7 @@ type server struct {
 	private     *devDB // nil with a DATABASE_URL
 	store       atomic.Pointer[store]
 	draining    atomic.Bool // since the first signal
-	ready       struct {    // what the database said last, to be asked again from next on
+	lastReady   struct {    // what the database said last, to be asked again from next on
 		sync.Mutex
 		next time.Time
 		err  error
@@ -49,7 +49,10 @@ type server struct {
 	buffers sync.Pool // of *[]byte, for lists
 }
 
-var errPanic = errors.New("panic")
+var (
+	errPanic    = errors.New("panic")
+	errStopping = errors.New("the service is stopping")
+)
 
 // A handler answers a request or returns why not, for fail to answer.
 type handler func(*response, *http.Request) error
@@ -64,7 +67,7 @@ func (s *server) routes() []route {
 	own := s.auth.own
 	return []route{
 		{"GET", "/health", s.health},
-		{"GET", "/ready", s.readyz},
+		{"GET", "/ready", s.ready},
 		{"GET", "/openapi.json", s.openapi},
 		{"GET", "/docs", s.docs},
 		{"GET", "/api/{user_id}/tasks", own(s.listTasks)},
@@ -219,7 +222,7 @@ func (s *server) logRequest(w *response, r *http.Request, id string, took time.D
 		attrs = append(attrs, slog.String("error", w.cause.Error()))
 		if isBug(w.cause) {
 			level = slog.LevelError
-		} else if w.status < 400 || w.status >= 500 {
+		} else if (w.status < 400 || w.status >= 500) && context.Cause(r.Context()) != context.Canceled { // by the client
 			level = slog.LevelWarn
 		}
 	}
@@ -261,7 +264,7 @@ func (s *server) fail(w *response, r *http.Request, err error) {
 	if status == http.StatusUnauthorized {
 		h.Set("WWW-Authenticate", "Bearer")
 	}
-	if r.ContentLength != 0 && r.Header.Get("Expect") == "" {
+	if r.ContentLength != 0 && r.Header.Get("Expect") == "" { // who sends Expect waits for the answer first
 		_, _ = io.CopyN(io.Discard, r.Body, drainBytes)
 	}
 	body, err := json.Marshal(map[string]any{"detail": detail})
@@ -282,8 +285,8 @@ func readBody(w *response, r *http.Request) (jsonValue, error) {
 	switch {
 	case text.Len() > maxBody:
 		return jsonValue{}, tooLarge
-	case context.Cause(r.Context()) == errUnavailable: // net/http itself cancels the context when a read fails
-		return jsonValue{}, fmt.Errorf("reading the body: %w", errUnavailable)
+	case context.Cause(r.Context()) == errStopping: // net/http itself cancels the context when a read fails
+		return jsonValue{}, fmt.Errorf("reading the body: %w", errStopping)
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		w.Header()["Connection"] = []string{"close"}
 		return jsonValue{}, &httpError{http.StatusRequestTimeout, "Request body too slow"}
@@ -320,26 +323,29 @@ const (
 	readyTimeout = 2 * time.Second
 )
 
-// readyz tells whether to send requests here: the database is asked, at most once in readyPeriod, whether it
+// ready tells whether to send requests here: the database is asked, at most once in readyPeriod, whether it
 // answers and has the schema.
-func (s *server) readyz(w *response, r *http.Request) error {
+func (s *server) ready(w *response, r *http.Request) error {
 	store := s.tasks()
-	if s.draining.Load() || store == nil {
-		return fmt.Errorf("%w: not connected yet, or shutting down", errUnavailable)
+	if s.draining.Load() {
+		return errStopping
 	}
-	s.ready.Lock()
-	defer s.ready.Unlock()
-	if time.Now().After(s.ready.next) {
+	if store == nil {
+		return fmt.Errorf("%w: not connected yet", errUnavailable)
+	}
+	s.lastReady.Lock()
+	defer s.lastReady.Unlock()
+	if time.Now().After(s.lastReady.next) {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), min(readyTimeout, store.timeout))
 		defer cancel()
 		applied, err := store.schemaApplied(ctx)
 		if err == nil && !applied {
 			err = fmt.Errorf("%w: the schema is not in place", errUnavailable)
 		}
-		s.ready.err, s.ready.next = err, time.Now().Add(readyPeriod) // from the answer on: those who waited for it take it
+		s.lastReady.err, s.lastReady.next = err, time.Now().Add(readyPeriod) // from the answer on: those who waited for it take it
 	}
-	if s.ready.err != nil {
-		return s.ready.err
+	if s.lastReady.err != nil {
+		return s.lastReady.err
 	}
 	return w.json(http.StatusOK, []byte(`{"status":"ready"}`))
 }

@@ -27,8 +27,8 @@ var (
 	errNoTurn      = errors.New("the user's other requests take all of their share")
 )
 
-// A store holds the tasks in PostgreSQL. Each method runs one statement (conditional another one, for
-// the words), which is sent once unless repeating it is harmless, within the store's time limit. The owner is its first argument and first
+// A store holds the tasks in PostgreSQL. Each method runs one statement (conditional a second one,
+// to tell 404 from 412), which is sent once unless repeating it is harmless, within the store's time limit. The owner is its first argument and first
 // condition. A method fails with errNotFound and the like, or with an error of the database.
 type store struct {
 	db      *sql.DB
@@ -78,7 +78,9 @@ func (s *store) applySchema(ctx context.Context) error {
 	if applied {
 		err = perform(asking, s.probe, `SELECT `+taskColumns+` FROM tasks LIMIT 0`, nil, discard)
 	}
-	if undefined := pq.As(err, "42703"); undefined != nil || err == nil && !applied { // a column that this version has added
+	missing := err == nil && !applied
+	outdated := pq.As(err, "42703") != nil // undefined_column: one that this version has added
+	if missing || outdated {
 		return perform(ctx, s.probe, schema, nil, discard)
 	}
 	return err

@@ -230,9 +230,9 @@ func TestReadinessTellsHowTheDatabaseIs(t *testing.T) {
 	s := newServiceWithin(t, p.config, 2, 600*time.Millisecond)
 	ready := func(status int) {
 		t.Helper()
-		s.ready.Lock()
-		s.ready.next = time.Time{} // as if the last answer were old
-		s.ready.Unlock()
+		s.lastReady.Lock()
+		s.lastReady.next = time.Time{} // as if the last answer were old
+		s.lastReady.Unlock()
 		s.as(t, "", "GET", "/ready", "").is(t, status, map[int]string{200: `{"status":"ready"}`, 503: unavailable}[status])
 	}
 	ready(200)

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"math"
 	"net/http"
 	"net/url"
 	"slices"
@@ -91,7 +92,7 @@ func (v *validation) taskInput(body jsonValue, create bool) (in taskInput) {
 	if raw := body.members["description"].raw; raw != nil {
 		in.hasDescription = true
 		if string(raw) != "null" {
-			in.description = v.text(raw, "description", 0, maxBody)
+			in.description = v.text(raw, "description", 0, math.MaxInt)
 		}
 	}
 	if raw := body.members["is_completed"].raw; raw != nil && !create {
