@@ -43,7 +43,7 @@ type authenticator struct {
 type verified struct {
 	user string
 	exp  float64 // seconds since 1970
-	keys *[]jwk  // that were known
+	keys *jwkSet // that were known
 }
 
 const (
@@ -94,7 +94,10 @@ func bearer(lines []string) (string, error) {
 
 // subject returns the user whom the token names. It fails with errInvalidToken, errExpiredToken, or errJWKSDown.
 func (a *authenticator) subject(ctx context.Context, token string) (string, error) {
-	now, keys := float64(time.Now().UnixNano())/1e9, a.jwks.current()
+	now, keys := float64(time.Now().UnixNano())/1e9, (*jwkSet)(nil)
+	if a.jwks != nil {
+		keys = a.jwks.known.Load()
+	}
 	a.mu.Lock()
 	v, ok := a.verified[token]
 	a.mu.Unlock()

@@ -37,9 +37,12 @@ type batcher struct {
 
 // A member is a request for one task, with the answer to it once done is closed.
 type member struct {
-	user     string
-	id       int64
-	in       taskInput
+	user       string
+	id         int64
+	in         taskInput
+	times      *string // of the precondition, if any
+	repeatable bool    // as do has it
+
 	deadline time.Time // of the request
 	task     task
 	err      error
@@ -47,9 +50,9 @@ type member struct {
 	leave    func() // once it has been sent off: tells the batch that nobody waits for this answer any more
 }
 
-// share answers m by a batch of b or by alone, a statement for m only.
+// share answers m by a batch of b, if there is one, or by alone, a statement for m only.
 func (s *store) share(ctx context.Context, b *batcher, m *member, alone func(context.Context) (task, error)) (task, error) {
-	if text := m.in.description; s.distributed.Load() || text != nil && len(*text) > maxBatchText {
+	if text := m.in.description; b == nil || m.times != nil || s.distributed.Load() || text != nil && len(*text) > maxBatchText {
 		return alone(ctx)
 	}
 	b.mu.Lock()

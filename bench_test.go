@@ -33,7 +33,7 @@ func BenchmarkToken(b *testing.B) {
 	eddsa.Header["kid"] = "k"
 	signed, _ := eddsa.SignedString(private)
 	keys := newJWKS("")
-	keys.known.Store(&[]jwk{{"k", []string{"EdDSA"}, public}})
+	keys.known.Store(&jwkSet{"k": {{"k", []string{"EdDSA"}, public}}})
 	again := func(a *authenticator, token string) func(*testing.B) {
 		return func(b *testing.B) {
 			for b.Loop() {

@@ -56,7 +56,6 @@ func newConnector(cfg pq.Config, timeout time.Duration) *connector {
 	}
 	cfg.ConnectTimeout = 0                 // this connector keeps the time itself
 	inner, _ := pq.NewConnectorConfig(cfg) // which pq.NewConfig has judged
-	inner.Dialer(dialer{})
 	return &connector{inner, timeout / time.Duration(1+len(cfg.Multi))}
 }
 
@@ -64,47 +63,41 @@ func newConnector(cfg pq.Config, timeout time.Duration) *connector {
 func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel() // closes what is left of tries that came to nothing: lib/pq forgets one with sslmode=prefer
-	slot := &dialSlot{limit: c.timeout}
-	inner, err := c.Connector.Connect(context.WithValue(ctx, dialSlotKey{}, slot))
+	each, dial := *c.Connector, &dialer{limit: c.timeout}
+	each.Dialer(dial)
+	inner, err := each.Connect(ctx)
 	if err != nil {
 		return nil, connectError{err}
 	}
-	defer slot.conn.keep()
-	conn := &careful{pqConn: inner.(pqConn), net: slot.conn, prepared: map[string]driver.Stmt{}}
-	if err := errors.Join(conn.checkDirect(ctx), slot.conn.SetDeadline(time.Time{})); err != nil {
+	defer dial.conn.keep()
+	dial.limit = cancelDial
+	conn := &careful{Conn: inner, QueryerContext: inner.(driver.QueryerContext), net: dial.conn, prepared: map[string]driver.Stmt{}}
+	if err := errors.Join(conn.checkDirect(ctx), conn.net.SetDeadline(time.Time{})); err != nil {
 		return nil, connectError{errors.Join(err, conn.Close())}
 	}
 	return conn, nil
 }
 
-// A dialSlot takes the time limit to where lib/pq dials, and the network connection back from there.
-type dialSlot struct {
+// A dialer dials for one connection of lib/pq's, which asks for nothing but DialContext: for Connect, and
+// then for cancel requests.
+type dialer struct {
+	pq.Dialer
 	limit time.Duration // for dialling and the handshakes
-	conn  *netConn
+	conn  *netConn      // the last one
 }
 
-// A dialer dials for lib/pq, which asks for nothing but DialContext: for Connect, with a dialSlot in the
-// context, and for cancel requests, without.
-type dialer struct{ pq.Dialer }
-
-type dialSlotKey struct{}
-
 // DialContext sets a deadline that also holds for the TLS and PostgreSQL handshakes which follow.
-func (dialer) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
-	slot, ok := ctx.Value(dialSlotKey{}).(*dialSlot)
-	if !ok {
-		slot = &dialSlot{limit: cancelDial}
-	}
+func (d *dialer) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
 	if cwd, err := os.Getwd(); err == nil && network == "unix" { // a socket's path must be short (103 bytes on macOS)
 		address = strings.TrimPrefix(address, cwd+"/")
 	}
-	deadline := time.Now().Add(slot.limit)
+	deadline := time.Now().Add(d.limit)
 	inner, err := (&net.Dialer{Deadline: deadline}).DialContext(ctx, network, address)
 	if err != nil {
 		return nil, err
 	}
-	slot.conn = &netConn{Conn: inner, keep: context.AfterFunc(ctx, func() { _ = inner.Close() })}
-	return slot.conn, inner.SetDeadline(deadline)
+	d.conn = &netConn{Conn: inner, keep: context.AfterFunc(ctx, func() { _ = inner.Close() })}
+	return d.conn, inner.SetDeadline(deadline)
 }
 
 // A netConn is the network connection under lib/pq, and under TLS where that is used.
@@ -132,32 +125,24 @@ func (c *netConn) quiet() bool {
 	return raw.Read(peek) == nil && (err == syscall.EAGAIN || err == syscall.EINTR)
 }
 
-// pqConn is what lib/pq's connection offers, as far as this service uses it.
-type pqConn interface {
-	driver.Conn
-	driver.ConnPrepareContext
-	driver.QueryerContext
-	driver.SessionResetter
-	driver.Validator
-}
-
 // careful is a connection as this file promises it. Statements go through run, by sql.Conn's Raw.
 type careful struct {
-	pqConn
-	net      *netConn
-	broken   bool                   // to be thrown away instead of going back to the pool
-	direct   bool                   // no pooler in between, so that statements can be prepared
-	prepared map[string]driver.Stmt // by their text
+	driver.Conn
+	driver.QueryerContext // the same
+	net                   *netConn
+	broken                bool                   // to be thrown away instead of going back to the pool
+	direct                bool                   // no pooler in between, so that statements can be prepared
+	prepared              map[string]driver.Stmt // by their text
 }
 
-func (c *careful) IsValid() bool { return !c.broken && c.pqConn.IsValid() }
+func (c *careful) IsValid() bool { return !c.broken && c.Conn.(driver.Validator).IsValid() }
 
 // checkDirect finds out whether this connection leads to one and the same server process for as long
 // as it lives. A transaction pooler has many clients share the processes, and statements that one has
 // prepared are then another's. It gives its clients keys of its own making for cancel requests, where
 // PostgreSQL gives its process number: they agree only where there is no pooler.
 func (c *careful) checkDirect(ctx context.Context) error {
-	key := reflect.ValueOf(c.pqConn).Elem().FieldByName("pid") // not exported; were it renamed, all would count as pooled
+	key := reflect.ValueOf(c.Conn).Elem().FieldByName("pid") // not exported; were it renamed, all would count as pooled
 	return c.run(ctx, "SELECT pg_backend_pid()", nil, func(row []driver.Value) {
 		c.direct = key.IsValid() && key.CanInt() && row[0] == key.Int()
 	})
@@ -202,12 +187,12 @@ func (c *careful) exchange(ctx context.Context, query string, args []driver.Name
 func (c *careful) query(ctx context.Context, query string, args []driver.NamedValue) (driver.Rows, error) {
 	c.net.wrote = false
 	if !c.direct || args == nil {
-		return c.pqConn.QueryContext(ctx, query, args)
+		return c.QueryContext(ctx, query, args)
 	}
 	statement := c.prepared[query]
 	if statement == nil {
 		var err error
-		statement, err = c.pqConn.PrepareContext(ctx, query)
+		statement, err = c.Conn.(driver.ConnPrepareContext).PrepareContext(ctx, query)
 		c.net.wrote = false // nothing but the preparation
 		if err != nil {
 			return nil, err

@@ -41,11 +41,14 @@ type jwk struct {
 	public     crypto.PublicKey
 }
 
+// A jwkSet has the keys by their kid.
+type jwkSet map[string][]jwk
+
 // A jwks is the key set that Better Auth publishes at url. Reading known keys waits for nothing.
 type jwks struct {
 	url    string
 	client *http.Client
-	known  atomic.Pointer[[]jwk]
+	known  atomic.Pointer[jwkSet]
 
 	mu   sync.Mutex
 	last *fetch // nil before the first
@@ -65,7 +68,7 @@ func newJWKS(url string) *jwks {
 		Transport:     &http.Transport{Proxy: http.ProxyFromEnvironment, MaxResponseHeaderBytes: fetchBytes, DisableKeepAlives: true},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}}
-	j.known.Store(&[]jwk{})
+	j.known.Store(&jwkSet{})
 	return j
 }
 
@@ -84,7 +87,7 @@ func (j *jwks) refresh(ctx context.Context) {
 // asks the endpoint, unless it has just been asked, and waits for the answer. It fails with
 // errJWKSDown when that was not to be had.
 func (j *jwks) keys(ctx context.Context, kid string) ([]jwk, error) {
-	if keys := j.lookup(kid); keys != nil {
+	if keys := (*j.known.Load())[kid]; keys != nil {
 		return keys, nil
 	}
 	f := j.latest()
@@ -93,28 +96,11 @@ func (j *jwks) keys(ctx context.Context, kid string) ([]jwk, error) {
 	case <-ctx.Done():
 		return nil, fmt.Errorf("%w: %w", errJWKSDown, ctx.Err())
 	}
-	keys := j.lookup(kid)
+	keys := (*j.known.Load())[kid]
 	if keys == nil && f.err != nil {
 		return nil, errJWKSDown
 	}
 	return keys, nil
-}
-
-// current identifies the keys as they are known now.
-func (j *jwks) current() *[]jwk {
-	if j == nil {
-		return nil
-	}
-	return j.known.Load()
-}
-
-func (j *jwks) lookup(kid string) (keys []jwk) {
-	for _, key := range *j.known.Load() {
-		if key.kid == kid {
-			keys = append(keys, key)
-		}
-	}
-	return keys
 }
 
 // latest returns the last fetch, a new one when that has started longer ago than fetchInterval: so only one
@@ -141,7 +127,7 @@ func (j *jwks) latest() *fetch {
 
 // ask asks the endpoint once. An answer is good when it is a JWKS, be it an empty one; keys in it
 // that this service cannot use are passed over.
-func (j *jwks) ask() ([]jwk, error) {
+func (j *jwks) ask() (jwkSet, error) {
 	response, err := j.client.Get(j.url)
 	if err != nil {
 		return nil, err
@@ -158,10 +144,10 @@ func (j *jwks) ask() ([]jwk, error) {
 	if err := json.Unmarshal(body, &set); err != nil || set.Keys == nil {
 		return nil, errors.Join(errors.New("the answer is not a JWKS"), err)
 	}
-	keys := []jwk{}
+	keys := jwkSet{}
 	for _, text := range set.Keys {
 		if key, err := parseJWK(text); err == nil {
-			keys = append(keys, key)
+			keys[key.kid] = append(keys[key.kid], key)
 		} else {
 			slog.Warn("a key of the JWKS is passed over", "kid", key.kid, "error", err)
 		}

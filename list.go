@@ -59,55 +59,42 @@ func parameters(rawQuery string) map[string]string {
 // listQuery reads the parameters of a list for user, each with its fault if it has one.
 func (v *validation) listQuery(r *http.Request, user string) (q listQuery) {
 	values := parameters(r.URL.RawQuery)
-	// each hands a parameter that is there, and sound, to read.
-	each := func(name string, read func(text string)) {
+	q.sortBy = "id"
+	for _, name := range []string{"is_completed", "search", "sort_by", "order", "limit", "cursor"} {
 		value, ok := values[name]
 		text, err := url.QueryUnescape(value)
-		if ok && (err != nil || !utf8.ValidString(text)) {
-			v.valueError("the value is not percent-encoded UTF-8", quote(value), "query", name)
-		} else if ok {
-			read(text)
-		}
-	}
-	q.sortBy = "id"
-	each("is_completed", func(text string) {
-		value := text == "true" || text == "1"
-		if q.isCompleted = &value; !value && text != "false" && text != "0" {
-			v.add("bool_parsing", "Input should be a valid boolean, unable to interpret input", quote(text), nil, "query", "is_completed")
-		}
-	})
-	each("search", func(text string) {
-		q.search = text
-		if strings.ContainsRune(text, 0) {
-			v.unstorable(quote(text), "query", "search")
-		} else {
-			v.length(text, 0, maxSearch, quote(text), "query", "search")
-		}
-	})
-	each("sort_by", func(text string) {
-		q.sortBy = v.oneOf(text, "sort_by", "id", "created_at", "updated_at", "title")
-	})
-	each("order", func(text string) {
-		q.descending = v.oneOf(text, "order", "asc", "desc") == "desc"
-	})
-	each("limit", func(text string) {
-		n, ok := v.integer(text, "query", "limit")
 		switch {
 		case !ok:
-		case n < 1:
-			v.add("greater_than_equal", "Input should be greater than or equal to 1", quote(text), map[string]any{"ge": 1}, "query", "limit")
-		case n > maxLimit:
-			msg := fmt.Sprintf("Input should be less than or equal to %d", maxLimit)
-			v.add("less_than_equal", msg, quote(text), map[string]any{"le": maxLimit}, "query", "limit")
+		case err != nil || !utf8.ValidString(text):
+			v.valueError("the value is not percent-encoded UTF-8", quote(value), "query", name)
+		case name == "is_completed":
+			completed := text == "true" || text == "1"
+			if q.isCompleted = &completed; !completed && text != "false" && text != "0" {
+				v.add("bool_parsing", "Input should be a valid boolean, unable to interpret input", quote(text), nil, "query", name)
+			}
+		case name == "search" && strings.ContainsRune(text, 0):
+			v.unstorable(quote(text), "query", name)
+		case name == "search":
+			q.search = text
+			v.length(text, 0, maxSearch, quote(text), "query", name)
+		case name == "sort_by":
+			q.sortBy = v.oneOf(text, name, "id", "created_at", "updated_at", "title")
+		case name == "order":
+			q.descending = v.oneOf(text, name, "asc", "desc") == "desc"
+		case name == "limit":
+			n, ok := v.integer(text, "query", name)
+			if q.limit = int(n); ok && n < 1 {
+				v.add("greater_than_equal", "Input should be greater than or equal to 1", quote(text), map[string]any{"ge": 1}, "query", name)
+			} else if n > maxLimit {
+				msg := fmt.Sprintf("Input should be less than or equal to %d", maxLimit)
+				v.add("less_than_equal", msg, quote(text), map[string]any{"le": maxLimit}, "query", name)
+			}
+		case name == "cursor": // the last one: its checksum covers all of the above
+			if q.after = q.decodeCursor(user, text); q.after == nil {
+				v.valueError("the cursor is damaged or belongs to another list: start again without it", quote(text), "query", name)
+			}
 		}
-		q.limit = int(n)
-	})
-	// the last one: its checksum covers all of the above
-	each("cursor", func(text string) {
-		if q.after = q.decodeCursor(user, text); q.after == nil {
-			v.valueError("the cursor is damaged or belongs to another list: start again without it", quote(text), "query", "cursor")
-		}
-	})
+	}
 	return q
 }
 

@@ -330,7 +330,7 @@ func (s *server) ready(w *response, r *http.Request) error {
 	if s.draining.Load() {
 		return errStopping
 	}
-	if store == nil {
+	if store == noStore {
 		return fmt.Errorf("%w: not connected yet", errUnavailable)
 	}
 	s.lastReady.Lock()
@@ -350,5 +350,5 @@ func (s *server) ready(w *response, r *http.Request) error {
 	return w.json(http.StatusOK, []byte(`{"status":"ready"}`))
 }
 
-// tasks returns the store, nil as long as the database has not been reached.
-func (s *server) tasks() *store { return s.store.Load() }
+// tasks returns the store, noStore as long as the database has not been reached.
+func (s *server) tasks() *store { return cmp.Or(s.store.Load(), noStore) }

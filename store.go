@@ -22,7 +22,6 @@ var schema string
 var (
 	errNotFound    = &httpError{http.StatusNotFound, "Task not found"}
 	errModified    = &httpError{http.StatusPreconditionFailed, "Task has been modified"}
-	errKeyReused   = errors.New("the idempotency key belongs to another body")
 	errUnavailable = errors.New("database not available")
 	errNoTurn      = errors.New("the user's other requests take all of their share")
 )
@@ -39,6 +38,8 @@ type store struct {
 	reads, creations, changes batcher
 	distributed               atomic.Bool // each statement is for one of several servers
 }
+
+var noStore = new(store)
 
 // newStore makes a store without connecting. size is the number of connections that requests share;
 // timeout is how long a request may wait for the database, connecting and waiting included.
@@ -117,9 +118,9 @@ func arguments(values ...any) []driver.NamedValue {
 
 // do runs f, which sends one statement, for a user: within the time limit, in the user's turn, and
 // again after a failure that left nothing behind. repeatable says that f is harmless to repeat even
-// when nobody knows whether it took effect. A nil store has not reached its database yet.
+// when nobody knows whether it took effect. noStore stands for one that has not reached its database yet.
 func do[T any](ctx context.Context, s *store, user string, repeatable bool, f func(context.Context) (T, error)) (result T, err error) {
-	if s == nil {
+	if s == noStore {
 		return result, fmt.Errorf("%w: not connected yet", errUnavailable)
 	}
 	ctx, cancel := context.WithTimeout(ctx, s.timeout)
@@ -194,17 +195,30 @@ func (s *store) one(ctx context.Context, user, query string, args []driver.Named
 
 const selectTask = `SELECT ` + taskColumns + ` FROM tasks WHERE user_id = $1 AND id = $2`
 
-// task returns one task.
-func (s *store) task(ctx context.Context, user string, id int64) (task, error) {
-	return do(ctx, s, user, true, func(ctx context.Context) (task, error) {
-		return s.share(ctx, &s.reads, &member{user: user, id: id}, func(ctx context.Context) (task, error) {
-			return s.one(ctx, user, selectTask, arguments(user, id))
-		})
+// single runs a statement about one task for m, alone or by a batch of b. One that finds no row since the
+// task does not match fails with errModified: the statement has decided, this only finds the words.
+func (s *store) single(ctx context.Context, b *batcher, m *member, query string, args ...any) (task, error) {
+	alone := func(ctx context.Context) (task, error) {
+		t, err := s.one(ctx, m.user, query, arguments(args...))
+		if err == errNotFound && m.times != nil {
+			if _, err = s.one(ctx, m.user, selectTask, arguments(m.user, m.id)); err == nil {
+				err = errModified
+			}
+		}
+		return t, err
+	}
+	return do(ctx, s, m.user, m.repeatable, func(ctx context.Context) (task, error) {
+		return s.share(ctx, b, m, alone)
 	})
 }
 
+// task returns one task.
+func (s *store) task(ctx context.Context, user string, id int64) (task, error) {
+	return s.single(ctx, &s.reads, &member{user: user, id: id, repeatable: true}, selectTask, user, id)
+}
+
 // createTask makes a task. With a key it makes one at most once: a repeat with the same title and
-// description returns the task as it is now, one with others fails with errKeyReused.
+// description returns the task as it is now, one with others finds none: errNotFound.
 func (s *store) createTask(ctx context.Context, user, key string, in taskInput) (task, error) {
 	const insert = `INSERT INTO tasks (user_id, title, description) VALUES ($1, $2, $3) RETURNING ` + taskColumns
 	// The update changes nothing: it makes the statement see, lock and return the earlier row, which
@@ -214,18 +228,10 @@ func (s *store) createTask(ctx context.Context, user, key string, in taskInput) 
 		ON CONFLICT (user_id, idempotency_key) WHERE idempotency_key IS NOT NULL
 		DO UPDATE SET idempotency_key = excluded.idempotency_key
 		WHERE tasks.idempotency_hash = excluded.idempotency_hash RETURNING ` + taskColumns
-	t, err := do(ctx, s, user, key != "", func(ctx context.Context) (task, error) {
-		if key != "" {
-			return s.one(ctx, user, insertOnce, arguments(user, in.title, in.description, key, in.hash()))
-		}
-		return s.share(ctx, &s.creations, &member{user: user, in: in}, func(ctx context.Context) (task, error) {
-			return s.one(ctx, user, insert, arguments(user, in.title, in.description))
-		})
-	})
-	if err == errNotFound {
-		err = errKeyReused
+	if key == "" {
+		return s.single(ctx, &s.creations, &member{user: user, in: in}, insert, user, in.title, in.description)
 	}
-	return t, err
+	return s.single(ctx, nil, &member{user: user, repeatable: true}, insertOnce, user, in.title, in.description, key, in.hash())
 }
 
 // hash identifies the body of a POST.
@@ -260,15 +266,8 @@ func (s *store) updateTask(ctx context.Context, user string, id int64, match pre
 		FROM (SELECT $4::text AS new_title, $5::boolean AS describes, $6::text AS new_description, $7::boolean AS new_is_completed) AS changed
 		WHERE user_id = $1 AND id = $2 AND ($3::timestamptz[] IS NULL OR updated_at = ANY ($3::timestamptz[]))
 		RETURNING ` + taskColumns
-	alone := func(ctx context.Context) (task, error) {
-		return s.one(ctx, user, query, arguments(user, id, match.times(), in.title, in.hasDescription, in.description, in.isCompleted))
-	}
-	return s.conditional(ctx, user, id, match, func(ctx context.Context) (task, error) {
-		if match.times() != nil {
-			return alone(ctx)
-		}
-		return s.share(ctx, &s.changes, &member{user: user, id: id, in: in}, alone)
-	})
+	m := &member{user: user, id: id, in: in, times: match.times()}
+	return s.single(ctx, &s.changes, m, query, user, id, m.times, in.title, in.hasDescription, in.description, in.isCompleted)
 }
 
 // deleteTask deletes a task if it matches; it fails with errModified when it exists and does not.
@@ -276,26 +275,9 @@ func (s *store) deleteTask(ctx context.Context, user string, id int64, match pre
 	const query = `DELETE FROM tasks
 		WHERE user_id = $1 AND id = $2 AND ($3::timestamptz[] IS NULL OR updated_at = ANY ($3::timestamptz[]))
 		RETURNING ` + taskColumns
-	_, err := s.conditional(ctx, user, id, match, func(ctx context.Context) (task, error) {
-		return s.one(ctx, user, query, arguments(user, id, match.times()))
-	})
+	m := &member{user: user, id: id, times: match.times()}
+	_, err := s.single(ctx, nil, m, query, user, id, m.times)
 	return err
-}
-
-// conditional runs a write that finds no row either because there is no task or because it does not
-// match, and tells the two apart. The write itself has decided; this only finds the words.
-func (s *store) conditional(ctx context.Context, user string, id int64, match precondition,
-	write func(context.Context) (task, error)) (task, error) {
-	return do(ctx, s, user, false, func(ctx context.Context) (task, error) {
-		t, err := write(ctx)
-		if err != errNotFound || match.times() == nil {
-			return t, err
-		}
-		if _, err := s.one(ctx, user, selectTask, arguments(user, id)); err != nil {
-			return t, err
-		}
-		return t, errModified
-	})
 }
 
 // fairness bounds how many statements one user can have under way, so that nobody's flood takes the

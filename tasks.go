@@ -147,7 +147,7 @@ func (s *server) createTask(w *response, r *http.Request, user string) error {
 		return v
 	}
 	t, err := s.tasks().createTask(r.Context(), user, key, in)
-	if err == errKeyReused {
+	if err == errNotFound { // none that was made of this body
 		v.valueError("this key was used with another title or description", quote(key), "header", "Idempotency-Key")
 		return v
 	}
