@@ -107,24 +107,19 @@ func (a *authenticator) subject(ctx context.Context, token string) (string, erro
 			return "", err
 		}
 		v.keys = keys
-		a.remember(token, v)
+		if len(token) <= maxVerifiedBytes {
+			a.mu.Lock()
+			if len(a.verified) == maxVerified || a.verified == nil {
+				a.verified = map[string]verified{}
+			}
+			a.verified[token] = v
+			a.mu.Unlock()
+		}
 	}
 	if now >= v.exp {
 		return "", errExpiredToken
 	}
 	return v.user, nil
-}
-
-func (a *authenticator) remember(token string, v verified) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if len(token) > maxVerifiedBytes {
-		return
-	}
-	if len(a.verified) == maxVerified || a.verified == nil {
-		a.verified = map[string]verified{}
-	}
-	a.verified[token] = v
 }
 
 // judge checks all of a token but its expiry.

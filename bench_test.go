@@ -134,7 +134,7 @@ func BenchmarkStore(b *testing.B) {
 		"createTask":     func() error { _, err := s.createTask(ctx, "bob", "", taskInput{title: &title}); return err },
 		"createTask-key": func() error { _, err := s.createTask(ctx, "bob", "key", taskInput{title: &title}); return err },
 		"updateTask": func() error {
-			_, err := s.updateTask(ctx, "ann", 7, precondition{}, taskInput{title: &title})
+			_, err := s.updateTask(ctx, "ann", 7, nil, taskInput{title: &title})
 			return err
 		},
 		"chunk-20":          func() error { _, err := s.chunk(ctx, "ann", listQuery{sortBy: "id"}, 20, pageBytes, nil); return err },

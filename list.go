@@ -84,7 +84,8 @@ func (v *validation) listQuery(r *http.Request, user string) (q listQuery) {
 		case name == "limit":
 			n, ok := v.integer(text, "query", name)
 			if q.limit = int(n); ok && n < 1 {
-				v.add("greater_than_equal", "Input should be greater than or equal to 1", quote(text), map[string]any{"ge": 1}, "query", name)
+				const msg = "Input should be greater than or equal to 1"
+				v.add("greater_than_equal", msg, quote(text), map[string]any{"ge": 1}, "query", name)
 			} else if n > maxLimit {
 				msg := fmt.Sprintf("Input should be less than or equal to %d", maxLimit)
 				v.add("less_than_equal", msg, quote(text), map[string]any{"le": maxLimit}, "query", name)
@@ -145,36 +146,55 @@ func (q listQuery) place(t task) *keyset {
 	return &keyset{value[q.sortBy], t.id}
 }
 
+// listTasks sends a long list in chunks, each once the connection to the database has been given back. A
+// failure after the first breaks the connection to the client, in logged.
 func (s *server) listTasks(w *response, r *http.Request, user string) error {
 	var v validation
 	q := v.listQuery(r, user)
 	if v != nil {
 		return v
 	}
-	tasks, size := chunkTasks, chunkBytes
+	c, size := chunk{next: chunkTasks}, chunkBytes
 	if q.limit > 0 {
-		tasks, size = q.limit, pageBytes
+		c.next, size = q.limit, pageBytes
 	}
 	buffer, _ := s.buffers.Get().(*[]byte)
 	if buffer == nil {
 		buffer = new([]byte)
 	}
-	c, err := s.tasks().chunk(r.Context(), user, q, tasks, size, append((*buffer)[:0], '['))
-	if err == nil && q.limit > 0 && c.more {
-		w.Header().Set("Link", "<"+nextPage(user, r.URL.RawQuery, q.encodeCursor(user, *c.last))+`>; rel="next"`)
+	defer func() {
+		if *buffer = c.json; cap(c.json) <= 2*chunkBytes {
+			s.buffers.Put(buffer)
+		}
+	}()
+	c.json = append((*buffer)[:0], '[')
+	w.Header()["Content-Type"] = []string{"application/json"}
+	for {
+		next, err := s.tasks().chunk(r.Context(), user, q, c.next, size, c.json)
+		switch {
+		case r.Context().Err() != nil:
+			return context.Cause(r.Context())
+		case errors.Is(err, errNoTurn) && w.status != 0:
+			continue // a list under way has time to wait for its turn
+		case err != nil:
+			return err
+		}
+		if c = next; c.more && q.limit > 0 {
+			w.Header().Set("Link", "<"+nextPage(user, r.URL.RawQuery, q.encodeCursor(user, *c.last))+`>; rel="next"`)
+			c.more = false
+		}
+		if !c.more {
+			c.json = append(c.json, ']')
+		}
+		if !c.more && w.status == 0 {
+			return w.json(http.StatusOK, c.json)
+		}
+		if _, err := w.Write(c.json); err != nil || !c.more || r.Method == http.MethodHead {
+			return nil // a client that went away needs no answer
+		}
+		_ = http.NewResponseController(w).SetReadDeadline(time.Time{}) // a GET's body, too, has been read by now
+		q.after, c.json = c.last, c.json[:0]
 	}
-	switch {
-	case err != nil:
-	case c.more && q.limit == 0:
-		c.json, err = s.streamTasks(w, r, user, q, c)
-	default:
-		c.json = append(c.json, ']')
-		err = w.json(http.StatusOK, c.json)
-	}
-	if *buffer = c.json; cap(c.json) <= 2*chunkBytes {
-		s.buffers.Put(buffer)
-	}
-	return err
 }
 
 // nextPage returns the URL, as a path, of the same list from cursor on.
@@ -184,48 +204,16 @@ func nextPage(user, rawQuery, cursor string) string {
 	return "/api/" + url.PathEscape(user) + "/tasks?" + query.Encode() + "&cursor=" + cursor
 }
 
-// streamTasks sends a list of any length from its first chunk on, and returns the buffer. The connection
-// to the database is given back before a chunk goes out. A failure now breaks the connection to the
-// client, in logged.
-func (s *server) streamTasks(w *response, r *http.Request, user string, q listQuery, c chunk) ([]byte, error) {
-	w.Header()["Content-Type"] = []string{"application/json"}
-	w.WriteHeader(http.StatusOK)
-	for {
-		if _, err := w.Write(c.json); err != nil || r.Method == http.MethodHead {
-			return c.json, nil // a client that went away needs no answer
-		}
-		if !c.more {
-			_, _ = w.Write([]byte("]"))
-			return c.json, nil
-		}
-		_ = http.NewResponseController(w).SetReadDeadline(time.Time{}) // a GET's body, too, has been read by now
-		q.after = c.last
-		tasks, buffer, err := c.next, append(c.json[:0], ','), errNoTurn
-		for errors.Is(err, errNoTurn) && r.Context().Err() == nil { // a list under way has time to wait for its turn
-			c, err = s.tasks().chunk(r.Context(), user, q, tasks, chunkBytes, buffer)
-		}
-		if r.Context().Err() != nil {
-			err = context.Cause(r.Context())
-		}
-		if err != nil {
-			return c.json, err
-		}
-		if len(c.json) == 1 { // the tasks that were to follow the comma have been deleted meanwhile
-			c.json = c.json[:0]
-		}
-	}
-}
-
 // A chunk is a part of a list.
 type chunk struct {
-	json []byte  // what was given, and the tasks, with commas between them
+	json []byte  // what was given, and the tasks, each behind a comma but the list's first
 	last *keyset // of the last task
 	more bool    // tasks follow
 	next int     // how many tasks to ask for next
 }
 
 // chunk reads up to n tasks of a list in one statement, fewer when they come to maxBytes, and appends them
-// to buffer.
+// to buffer, which is empty but for the first chunk.
 func (s *store) chunk(ctx context.Context, user string, q listQuery, n, maxBytes int, buffer []byte) (chunk, error) {
 	start := len(buffer)
 	query, values := q.statement(user, int64(n)+1)
@@ -243,7 +231,7 @@ func (s *store) chunk(ctx context.Context, user string, q listQuery, n, maxBytes
 				return
 			}
 			last = scanTask(row, user)
-			if count++; count > 1 {
+			if count++; count > 1 || start == 0 {
 				c.json = append(c.json, ',')
 			}
 			c.json = last.appendJSON(c.json)

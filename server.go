@@ -131,7 +131,6 @@ type response struct {
 	status int
 	bytes  int64
 	user   string // whom the token names
-	cause  error  // of a 5xx, of a stream that broke, or of what an answer does not say
 }
 
 // Unwrap is for http.ResponseController.
@@ -185,12 +184,10 @@ func (s *server) logged(next handler) http.Handler {
 		}
 		err := recovered(func() error { return next(w, r) })
 		broken := err != nil && w.status != 0 // after the beginning of an answer
-		if broken {
-			w.cause = err
-		} else if err != nil {
+		if err != nil && !broken {
 			s.fail(w, r, err)
 		}
-		s.logRequest(w, r, id, time.Since(start))
+		s.logRequest(w, r, id, time.Since(start), err)
 		if broken {
 			panic(http.ErrAbortHandler) // breaks the connection, so that nobody takes what has gone out for all
 		}
@@ -207,8 +204,8 @@ func recovered(f func() error) (err error) {
 	return f()
 }
 
-// logRequest writes the one line about a request. A bug is an error, an outage a warning.
-func (s *server) logRequest(w *response, r *http.Request, id string, took time.Duration) {
+// logRequest writes the one line about a request that ended with err. A bug is an error, an outage a warning.
+func (s *server) logRequest(w *response, r *http.Request, id string, took time.Duration, err error) {
 	level := slog.LevelInfo
 	if r.Method == http.MethodHead {
 		w.bytes = 0
@@ -218,9 +215,11 @@ func (s *server) logRequest(w *response, r *http.Request, id string, took time.D
 		slog.Float64("duration_ms", float64(took.Microseconds())/1000), slog.Int64("bytes", w.bytes),
 		slog.String("user", w.user), slog.String("remote", r.RemoteAddr), slog.String("request_id", id),
 	}
-	if w.cause != nil {
-		attrs = append(attrs, slog.String("error", w.cause.Error()))
-		if isBug(w.cause) {
+	switch err.(type) {
+	case nil, *httpError, validation: // the answer says it all
+	default:
+		attrs = append(attrs, slog.String("error", err.Error()))
+		if isBug(err) {
 			level = slog.LevelError
 		} else if (w.status < 400 || w.status >= 500) && context.Cause(r.Context()) != context.Canceled { // by the client
 			level = slog.LevelWarn
@@ -246,20 +245,15 @@ func (s *server) fail(w *response, r *http.Request, err error) {
 	h := w.Header()
 	switch {
 	case errors.As(err, &public):
-		if status, detail = public.status, public.detail; err != error(public) {
-			w.cause = err
-		}
+		status, detail = public.status, public.detail
 	case errors.As(err, &faults):
 		status, detail = http.StatusUnprocessableEntity, faults
 	case !isBug(err): // all that is left comes from the database, or the JWKS
 		status, detail = http.StatusServiceUnavailable, "Service temporarily unavailable"
 		h.Set("Retry-After", "1")
-		w.cause = err
-	default:
-		if w.cause = err; s.development {
-			cause, _, _ := strings.Cut(err.Error(), "\n") // without the stack of a panic
-			detail = "Internal server error: " + cause
-		}
+	case s.development:
+		cause, _, _ := strings.Cut(err.Error(), "\n") // without the stack of a panic
+		detail = "Internal server error: " + cause
 	}
 	if status == http.StatusUnauthorized {
 		h.Set("WWW-Authenticate", "Bearer")

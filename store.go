@@ -26,9 +26,11 @@ var (
 	errNoTurn      = errors.New("the user's other requests take all of their share")
 )
 
-// A store holds the tasks in PostgreSQL. Each method runs one statement (conditional a second one,
-// to tell 404 from 412), which is sent once unless repeating it is harmless, within the store's time limit. The owner is its first argument and first
-// condition. A method fails with errNotFound and the like, or with an error of the database.
+// A store holds the tasks in PostgreSQL. Each method runs one statement (single a second one, to tell 404 from
+// 412), which is sent once unless repeating it is harmless, within the store's time limit. The owner is its
+// first argument and first condition. A method fails with errNotFound and the like, or with an error of the
+// database. On its way a request goes through do (time, turn, repetition), share (batches), perform (a
+// connection that lives) and careful.run (the statement).
 type store struct {
 	db      *sql.DB
 	probe   *sql.DB // one connection of its own for readiness and schema
@@ -246,7 +248,8 @@ func (in taskInput) hash() []byte {
 
 // made reports whether t has the title and the description of in.
 func (in taskInput) made(t task) bool {
-	return *in.title == t.title && (in.description != nil) == t.hasDescription && (in.description == nil || *in.description == t.description)
+	return *in.title == t.title && (in.description != nil) == t.hasDescription &&
+		(in.description == nil || *in.description == t.description)
 }
 
 // assignments set what a request has changed, given as the columns of changed. The time moves on if and
@@ -255,15 +258,16 @@ const assignments = `title = coalesce(new_title, title),
 	description = CASE WHEN describes THEN new_description ELSE description END,
 	is_completed = coalesce(new_is_completed, is_completed),
 	updated_at = CASE
-		WHEN (coalesce(new_title, title), CASE WHEN describes THEN new_description ELSE description END, coalesce(new_is_completed, is_completed))
-			IS DISTINCT FROM (title, description, is_completed)
+		WHEN (coalesce(new_title, title), CASE WHEN describes THEN new_description ELSE description END,
+			coalesce(new_is_completed, is_completed)) IS DISTINCT FROM (title, description, is_completed)
 		THEN greatest(now(), updated_at + interval '1 microsecond') ELSE updated_at END`
 
 // updateTask changes what in has, in one atomic statement, if the task matches; it fails with
 // errModified when it exists and does not.
 func (s *store) updateTask(ctx context.Context, user string, id int64, match precondition, in taskInput) (task, error) {
 	const query = `UPDATE tasks SET ` + assignments + `
-		FROM (SELECT $4::text AS new_title, $5::boolean AS describes, $6::text AS new_description, $7::boolean AS new_is_completed) AS changed
+		FROM (SELECT $4::text AS new_title, $5::boolean AS describes, $6::text AS new_description,
+			$7::boolean AS new_is_completed) AS changed
 		WHERE user_id = $1 AND id = $2 AND ($3::timestamptz[] IS NULL OR updated_at = ANY ($3::timestamptz[]))
 		RETURNING ` + taskColumns
 	m := &member{user: user, id: id, in: in, times: match.times()}
