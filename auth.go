@@ -209,7 +209,8 @@ func claimText(v jsonValue, name string) (string, bool) {
 func claimTime(v jsonValue, name string) (float64, bool) {
 	m := v.members[name]
 	seconds, err := strconv.ParseFloat(string(m.raw), 64)
-	exact := math.Abs(seconds) < 1<<53 || string(m.raw) == "9007199254740992" // to which 2^53+1 is rounded, too
+	// Beyond 2^53 a float64 cannot tell one second from the next; 2^53+1 is rounded to 2^53.
+	exact := math.Abs(seconds) < 1<<53 || string(m.raw) == "9007199254740992"
 	return seconds, m.count == 1 && err == nil && exact
 }
 

@@ -125,7 +125,8 @@ func (b *batcher) run(ctx context.Context, cancel func(), members []*member) {
 	err := recovered(func() error { return b.together(ctx, members) }) // here no net/http stands above
 	// What was refused, or cancelled, may have been so for the sake of one, or for being a batch (0A000,
 	// feature_not_supported): alone, the others get their answers.
-	if pq.As(err, "0A000") != nil || err != nil && !inDoubt(err) && !harmless(err) && !errors.Is(err, errPanic) {
+	sparesAll := err != nil && !inDoubt(err) && !harmless(err) && !errors.Is(err, errPanic)
+	if sparesAll || pq.As(err, "0A000") != nil {
 		err = errAlone
 	}
 	for _, m := range members {
@@ -139,22 +140,25 @@ func (b *batcher) run(ctx context.Context, cancel func(), members []*member) {
 // whereSmall leaves out tasks that are better sent alone: see maxBatchText.
 const whereSmall = ` WHERE (description IS NULL OR octet_length(description) <= 4096)`
 
-// selectTogether looks each task up in the index, also by a plan that was made while the table was small: that
-// is what LATERAL and LIMIT say here, and OFFSET in updateTogether.
+// selectTogether looks each task up in the index, also by a plan that was made while the table was small, when
+// reading all of it seemed as good: that is what LATERAL and LIMIT say.
 const selectTogether = `SELECT ` + taskColumns + `, number
 	FROM unnest($1::text[], $2::bigint[]) WITH ORDINALITY AS wanted (owner, task, number),
 		LATERAL (SELECT * FROM tasks WHERE user_id = owner AND id = task LIMIT 1) AS tasks` + whereSmall
 
+// readTogether reads tasks; who gets none goes alone, and learns so.
 func (s *store) readTogether(ctx context.Context, members []*member) error {
 	return perform(ctx, s.db, selectTogether, arguments(column(members, owner), column(members, taskID)), deliver(members))
 }
 
+// createTogether makes tasks of requests without a key.
 func (s *store) createTogether(ctx context.Context, members []*member) error {
 	const query = `INSERT INTO tasks (user_id, title, description)
 		SELECT * FROM unnest($1::text[], $2::text[], $3::text[]) RETURNING ` + taskColumns + `, user_id`
 	return perform(ctx, s.db, query, arguments(column(members, owner), column(members, title), column(members, description)),
 		func(row []driver.Value) {
-			// The rows come in the order of the arrays, but nobody promises it: each goes to who asked for its text.
+			// The rows come in the order of the arrays, but nobody promises it: each goes to who asked for its text,
+			// or where a trigger has changed that, to one of the same user.
 			t := scanTask(row, row[len(row)-1].(string))
 			var m *member
 			for _, other := range members {
@@ -167,7 +171,7 @@ func (s *store) createTogether(ctx context.Context, members []*member) error {
 }
 
 // updateTogether passes over tasks that are locked, so that it waits for nobody, nor two batches for each
-// other, and over all but one change of the same task.
+// other, and over all but one change of the same task. OFFSET keeps the planner from joining in another order.
 const updateTogether = `UPDATE tasks SET ` + assignments + `
 	FROM (SELECT wanted.* FROM unnest($1::text[], $2::bigint[], $3::text[], $4::boolean[], $5::text[], $6::boolean[])
 			WITH ORDINALITY AS wanted (owner, task, new_title, describes, new_description, new_is_completed, number),
@@ -199,6 +203,7 @@ func column[T any](members []*member, value func(*member) T) any {
 	return pq.Array(list)
 }
 
+// What the columns are made of.
 func owner(m *member) string        { return m.user }
 func taskID(m *member) int64        { return m.id }
 func title(m *member) *string       { return m.in.title }

@@ -107,6 +107,7 @@ type netConn struct {
 	wrote bool        // since the statement began
 }
 
+// Write remembers that something has gone out: from then on the statement is in doubt if its answer is lost.
 func (c *netConn) Write(b []byte) (int, error) {
 	n, err := c.Conn.Write(b)
 	c.wrote = c.wrote || n > 0
@@ -135,6 +136,7 @@ type careful struct {
 	prepared              map[string]driver.Stmt // by their text
 }
 
+// IsValid is asked by database/sql before a connection goes back to the pool.
 func (c *careful) IsValid() bool { return !c.broken && c.Conn.(driver.Validator).IsValid() }
 
 // checkDirect finds out whether this connection leads to one and the same server process for as long
@@ -166,6 +168,7 @@ func (c *careful) run(ctx context.Context, query string, args []driver.NamedValu
 	return err
 }
 
+// exchange sends the statement and reads all of its result.
 func (c *careful) exchange(ctx context.Context, query string, args []driver.NamedValue, row func([]driver.Value)) error {
 	rows, err := c.query(ctx, query, args)
 	if err != nil {

@@ -79,7 +79,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	case command == "version":
 		_, err = fmt.Fprintln(stdout, version())
 		return err
-	case command == "healthcheck": // where the service runs, its configuration has been judged
+	case command == "healthcheck": // a bad configuration has been reported by the service
 		return healthcheck(cfg)
 	case command == "-h" || command == "-help" || command == "--help":
 		_, err = fmt.Fprintln(stdout, usage)

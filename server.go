@@ -136,11 +136,13 @@ type response struct {
 // Unwrap is for http.ResponseController.
 func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
+// WriteHeader remembers the status.
 func (w *response) WriteHeader(status int) {
 	w.status = status
 	w.ResponseWriter.WriteHeader(status)
 }
 
+// Write counts what goes out.
 func (w *response) Write(b []byte) (int, error) {
 	if w.status == 0 {
 		w.status = http.StatusOK
@@ -150,7 +152,8 @@ func (w *response) Write(b []byte) (int, error) {
 	return n, err
 }
 
-// json answers with a whole JSON text.
+// json answers with a whole JSON text. Here, as wherever each request passes, headers are set by their canonical
+// names: Set would look for them, and allocate.
 func (w *response) json(status int, body []byte) error {
 	w.Header()["Content-Type"] = []string{"application/json"}
 	w.Header()["Content-Length"] = []string{strconv.Itoa(len(body))}
