@@ -1164,8 +1164,8 @@ func FuzzPrecondition(f *testing.F) {
 	const tag = `"2026-01-02T03:04:05.100000Z"`
 	task := task{updatedAt: "2026-01-02 03:04:05.1+00"}
 	// a list of entity tags, from its start to the tag in question
-	strong := regexp.MustCompile(`^([, \t]|(W/)?"[^\x00-\x20",\x7f]*"[ \t]*,)*` + tag + `[ \t]*(,|$)`)
-	weak := regexp.MustCompile(`^([, \t]|(W/)?"[^\x00-\x20",\x7f]*"[ \t]*,)*(W/)?` + tag + `[ \t]*(,|$)`)
+	strong := regexp.MustCompile(`^([, \t]|(W/)?"[^\x00-\x20",\x7f]*"[ \t]*,)*` + regexp.QuoteMeta(tag) + `[ \t]*(,|$)`)
+	weak := regexp.MustCompile(`^([, \t]|(W/)?"[^\x00-\x20",\x7f]*"[ \t]*,)*(W/)?` + regexp.QuoteMeta(tag) + `[ \t]*(,|$)`)
 	f.Fuzz(func(t *testing.T, line string) {
 		p, all := parsePrecondition([]string{line}), strings.Trim(line, " \t") == "*"
 		if (all || weak.MatchString(line)) && !p.weakly(task.etag()) {
