@@ -260,7 +260,9 @@ func TestSubAloneIsTheUser(t *testing.T) {
 			{"ann", `"sub":"ann","sub":null`}, {"ann", `"SUB":"ann"`}, {"ann", `"Sub":"ann"`}, {"ann", `"sub ":"ann"`},
 			{"ann", `"id":"ann","user_id":"ann","userId":"ann","name":"ann","email":"ann"`},
 			// and Better Auth's session cookie and e-mail links:
-			{"ann", `"session":{"id":"s","userId":"ann","token":"t"},"user":{"id":"ann","email":"ann@example.com"},"updatedAt":1,"version":"1","iat":1`}, {"a@example.com", `"email":"a@example.com","updateTo":"b@example.com","iat":1`},
+			{"ann", `"session":{"id":"s","userId":"ann","token":"t"},"user":{"id":"ann","email":"ann@example.com"},` +
+				`"updatedAt":1,"version":"1","iat":1`},
+			{"a@example.com", `"email":"a@example.com","updateTo":"b@example.com","iat":1`},
 		},
 		`403 {"detail":"Forbidden"}`: {{"bob", `"sub":"ann"`}, {"Ann", `"sub":"ann"`}, {"ann ", `"sub":"ann"`}, {"é", `"sub":"e\u0301"`},
 			{"\xff", `"sub":"\ufffd"`}},

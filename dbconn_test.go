@@ -313,7 +313,8 @@ const waiting = "wait_event_type = 'Lock'"
 
 // others counts the other connections to a database of which a condition holds.
 func others(t testing.TB, database pq.Config, condition string) string {
-	return ask(t, database, `WITH others AS MATERIALIZED (SELECT * FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid())
+	return ask(t, database, `WITH others AS MATERIALIZED (SELECT * FROM pg_stat_activity
+		WHERE datname = current_database() AND pid <> pg_backend_pid())
 		SELECT count(*) FROM others WHERE `+condition)
 }
 

@@ -27,7 +27,8 @@ func workFolder(t testing.TB, name string) string {
 // paste does what somebody does who pastes the line that a start in development prints.
 func (p *process) paste(t testing.TB) string {
 	t.Helper()
-	line := regexp.MustCompile(`(?m)^curl -H 'Authorization: (Bearer [\w.-]+)' (http://127.0.0.1:\d+/api/demo/tasks)$`).FindStringSubmatch(p.await(t, "curl"))
+	command := regexp.MustCompile(`(?m)^curl -H 'Authorization: (Bearer [\w.-]+)' (http://127.0.0.1:\d+/api/demo/tasks)$`)
+	line := command.FindStringSubmatch(p.await(t, "curl"))
 	if line == nil {
 		t.Fatalf("no line to paste:\n%s", &p.output)
 	}

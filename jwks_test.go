@@ -154,7 +154,8 @@ func TestEveryAlgorithmOfBetterAuthWorksEndToEnd(t *testing.T) {
 	}))
 	s := newService(t)
 	s.auth.jwks, s.auth.audience, s.auth.issuer = newJWKS(better.URL+"/api/auth/jwks"), better.URL, better.URL
-	claims := fmt.Sprintf(`{"iat":1,"name":"Ann","email":"a@example.com","emailVerified":true,"image":null,"id":"ann","sub":"ann","exp":4102444800,"iss":%q,"aud":%[1]q}`, better.URL)
+	claims := fmt.Sprintf(`{"iat":1,"name":"Ann","email":"a@example.com","emailVerified":true,"image":null,"id":"ann",`+
+		`"sub":"ann","exp":4102444800,"iss":%q,"aud":%[1]q}`, better.URL)
 	ask := func(name, alg, kid string, status int, body string) {
 		token := signed(t, jwt.GetSigningMethod(alg), keyPairs()[name], fmt.Sprintf(`{"alg":%q,"kid":%q}`, alg, kid), claims)
 		s.as(t, "", "GET", "/api/ann/tasks", "", "Authorization", "Bearer "+token).is(t, status, body)
@@ -370,7 +371,8 @@ func TestKnownKeysGoOnWorkingWhateverTheEndpointAnswers(t *testing.T) {
 		"10 MB":                    {answers(0, 200, both+strings.Repeat(" ", 10<<20)), bad, 0},
 		"256 KiB and a byte":       {answers(0, 200, both+strings.Repeat(" ", 256<<10-len(both)+1)), bad, 0},
 		"no answer":                {func(*http.Request) (*http.Response, error) { return nil, io.EOF }, bad, 0},
-		"500":                      {answers(0, 500, both), bad, 0}, "404": {answers(0, 404, both), bad, 0}, "201": {answers(0, 201, both), bad, 0},
+		"500":                      {answers(0, 500, both), bad, 0},
+		"404":                      {answers(0, 404, both), bad, 0}, "201": {answers(0, 201, both), bad, 0},
 		"429": {answers(0, 429, `{"keys":[]}`), bad, 0}, "302": {answers(0, 302, both), bad, 0}, "308": {answers(0, 308, both), bad, 0},
 		"HTML": {answers(0, 200, `<!DOCTYPE html><title>Sign in</title>`), bad, 0}, "nothing": {answers(0, 200, ``), bad, 0},
 		"truncated": {answers(0, 200, both[:len(both)-1]), bad, 0}, "trailing data": {answers(0, 200, both+"x"), bad, 0},

@@ -22,7 +22,8 @@ import (
 func (s *service) fill(t testing.TB, n, bytes int) {
 	t.Helper()
 	s.exec(t, `INSERT INTO tasks (user_id, title, description, is_completed, created_at)
-		SELECT 'ann', (i % 1000)::text, repeat('x', $2), i % 3 = 0, '2026-01-01T00:00:00Z'::timestamptz + i % 500 * interval '1 second' FROM generate_series(1, $1) i`, n, bytes)
+		SELECT 'ann', (i % 1000)::text, repeat('x', $2), i % 3 = 0, '2026-01-01T00:00:00Z'::timestamptz + i % 500 * interval '1 second'
+		FROM generate_series(1, $1) i`, n, bytes)
 }
 
 // next returns where a page says that the next one is, "" for nowhere.
@@ -54,7 +55,8 @@ func TestAListTakesWhatItsParametersAllow(t *testing.T) {
 	s := newService(t)
 	for i, title := range []string{"b", "a", "b", "100% sure", "a_b", `back\slash`, "Ann's; DROP", "plain", "+& =;"} {
 		task := s.create(t, "ann", title)
-		s.exec(t, `UPDATE tasks SET id = $1, is_completed = $2, created_at = '2026-01-01T00:00:00Z', updated_at = $3, description = $4 WHERE id = $5`,
+		s.exec(t, `UPDATE tasks SET id = $1, is_completed = $2, created_at = '2026-01-01T00:00:00Z', updated_at = $3, description = $4
+			WHERE id = $5`,
 			i+1, i%2 == 0, fmt.Sprintf("2026-01-0%dT00:00:00Z", 9-i/2), []any{nil, "Needle in 100", ""}[i%3], task.ID)
 	}
 	s.create(t, "bob", "b")

@@ -312,7 +312,8 @@ func TestTenMayStartBeforeTheirEmptyDatabase(t *testing.T) {
 func TestStrangersCannotTakeMuch(t *testing.T) {
 	t.Parallel()
 	database := newDatabase(t)
-	ask(t, database, `INSERT INTO tasks (user_id, title, description) SELECT 'demo', 'task ' || n, repeat('x', 100) FROM generate_series(1, 100000) n`)
+	ask(t, database, `INSERT INTO tasks (user_id, title, description) SELECT 'demo', 'task ' || n, repeat('x', 100)
+		FROM generate_series(1, 100000) n`)
 	p := start(t, t.TempDir(), append(productionOn(database), "DB_POOL_SIZE=1", "DB_POOL_TIMEOUT=10s"))
 	p.await(t, `"ready"`)
 	if n := len(p.as(t, testSecret, "GET", "/api/demo/tasks", "").tasks(t)); n != 100000 {

@@ -51,8 +51,10 @@ var earlierTables = map[string]string{
 		CREATE INDEX ix_tasks_user_id ON tasks (user_id);`,
 	"reordered": `
 		CREATE TABLE users (id VARCHAR PRIMARY KEY); INSERT INTO users VALUES ('ann'), ('bob');
-		CREATE TABLE tasks (updated_at TIMESTAMP(3) NOT NULL DEFAULT now(), gone INTEGER, created_at TIMESTAMP NOT NULL DEFAULT now(), is_completed BOOLEAN NOT NULL,
-			description TEXT DEFAULT 'none', title VARCHAR(255) NOT NULL CHECK (title <> ''), user_id VARCHAR(36) NOT NULL REFERENCES users (id), id SERIAL PRIMARY KEY);
+		CREATE TABLE tasks (updated_at TIMESTAMP(3) NOT NULL DEFAULT now(), gone INTEGER,
+			created_at TIMESTAMP NOT NULL DEFAULT now(), is_completed BOOLEAN NOT NULL,
+			description TEXT DEFAULT 'none', title VARCHAR(255) NOT NULL CHECK (title <> ''),
+			user_id VARCHAR(36) NOT NULL REFERENCES users (id), id SERIAL PRIMARY KEY);
 		ALTER TABLE tasks DROP COLUMN gone;
 		CREATE TABLE comments (task_id INTEGER REFERENCES tasks (id) ON DELETE CASCADE);`,
 	"nullable": `
@@ -65,8 +67,10 @@ const earlierRows = `INSERT INTO tasks (user_id, title, description, is_complete
 
 func TestATableOfTheEarlierServiceIsAdopted(t *testing.T) {
 	t.Parallel()
-	const rows = earlierRows + `('ann', 'one', 'with 🎈', true, '2024-03-10 02:30:00.123', '2024-11-03 01:30:00'), -- neither is a time in New York
-		('ann', 'two', NULL, false, '1999-12-31 23:59:59.999', '2038-01-19 03:14:08.5'), ('ann', 'three', '', false, '2024-07-01', '2024-07-01 12:00'),
+	// neither of the first one's is a time in New York
+	const rows = earlierRows + `('ann', 'one', 'with 🎈', true, '2024-03-10 02:30:00.123', '2024-11-03 01:30:00'),
+		('ann', 'two', NULL, false, '1999-12-31 23:59:59.999', '2038-01-19 03:14:08.5'),
+		('ann', 'three', '', false, '2024-07-01', '2024-07-01 12:00'),
 		('ann', 'deleted', '', true, now(), now()); DELETE FROM tasks WHERE title = 'deleted';`
 	balloon, empty := "with 🎈", ""
 	want := []taskJSON{
@@ -117,7 +121,8 @@ func TestATableOfTheEarlierServiceIsAdopted(t *testing.T) {
 func TestWhatTheEarlierServiceLeftEmptyIsFilledIn(t *testing.T) {
 	t.Parallel()
 	database := newDatabaseFrom(t, "template1")
-	ask(t, database, earlierTables["nullable"]+earlierRows+`('ann', 'a', 'd', NULL, NULL, '2024-01-01'), ('ann', 'b', 'd', true, '2024-01-02', NULL), ('ann', 'c', 'd', NULL, NULL, NULL)`)
+	ask(t, database, earlierTables["nullable"]+earlierRows+`('ann', 'a', 'd', NULL, NULL, '2024-01-01'),
+		('ann', 'b', 'd', true, '2024-01-02', NULL), ('ann', 'c', 'd', NULL, NULL, NULL)`)
 	if err := apply(t, database); err != nil {
 		t.Fatal(err)
 	}

@@ -694,10 +694,12 @@ func TestTextIsKeptAsItIs(t *testing.T) {
 	t.Parallel()
 	s := newService(t)
 	for input, want := range map[string]string{
-		`\ud83d\ude00 \uD83D\uDE00 😀`: "😀 😀 😀", `\"\\\/\b\f\n\r\t`: "\"\\/\b\f\n\r\t", `\u0001\u001f\u007f\u0080`: "\x01\x1f\x7f\u0080",
+		`\ud83d\ude00 \uD83D\uDE00 😀`: "😀 😀 😀", `\"\\\/\b\f\n\r\t`: "\"\\/\b\f\n\r\t",
+		`\u0001\u001f\u007f\u0080`:          "\x01\x1f\x7f\u0080",
 		`\ufffd \ufeff \uffff \udbff\udfff`: "\ufffd \ufeff \uffff \U0010ffff", "\ufeff\u2028\u2029": "\ufeff\u2028\u2029",
 		`\\u0000 \\ud800`: `\u0000 \ud800`,
-		"e\u0301 é":       "e\u0301 é", "<b>&amp;'": "<b>&amp;'", "  spaces\u00a0 ": "  spaces\u00a0 ", `%_\\`: `%_\`, "\u202eevil": "\u202eevil",
+		"e\u0301 é":       "e\u0301 é", "<b>&amp;'": "<b>&amp;'", "  spaces\u00a0 ": "  spaces\u00a0 ",
+		`%_\\`: `%_\`, "\u202eevil": "\u202eevil",
 		"$1 {} '); --":           "$1 {} '); --",
 		strings.Repeat("😀", 200): strings.Repeat("😀", 200), strings.Repeat(`\ud83d\ude00`, 200): strings.Repeat("😀", 200),
 	} {
@@ -1146,7 +1148,8 @@ func TestEveryRequestIsOneLogLineWithoutSecrets(t *testing.T) {
 	} {
 		s.logs.at(slog.LevelInfo)
 		got := s.as(t, test.user, test.method, test.path, test.body, "X-Request-ID", "an-id", "Cookie", "session=hush")
-		want := fmt.Sprintf(`^{"time":"2[-0-9T:.]+(Z|[+-]\d\d:\d\d)","level":"INFO","msg":"request","method":%q,"route":%q,"status":%d,"duration_ms":[0-9.]+,"bytes":%d,"user":%q,`+
+		want := fmt.Sprintf(`^{"time":"2[-0-9T:.]+(Z|[+-]\d\d:\d\d)","level":"INFO","msg":"request","method":%q,"route":%q,`+
+			`"status":%d,"duration_ms":[0-9.]+,"bytes":%d,"user":%q,`+
 			`"remote":"127.0.0.1:\d+","request_id":"an-id"}\n$`, test.method, regexp.QuoteMeta(test.route), got.status, len(got.body),
 			test.logged)
 		if lines := s.logs.at(slog.LevelInfo); len(lines) != 1 ||

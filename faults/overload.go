@@ -148,7 +148,8 @@ func flood(s *suite) {
 			defer release()
 			flooding(300, "PATCH", "/1000000", `{"is_completed":true}`)
 		} else {
-			c.exec("flood", "INSERT INTO tasks (user_id, title, description) SELECT 'greedy', 'base', repeat('x', 400) FROM generate_series(1, 1000)")
+			c.exec("flood", "INSERT INTO tasks (user_id, title, description) "+
+				"SELECT 'greedy', 'base', repeat('x', 400) FROM generate_series(1, 1000)")
 			flooding(100, "GET", "?limit=1000&sort_by=title", "")
 		}
 		time.Sleep(300 * time.Millisecond)
