@@ -17,7 +17,7 @@ COPY --from=build /taskflow /taskflow
 # By number, so that Kubernetes' runAsNonRoot can tell that it is not root.
 USER 65532:65532
 
-# Anything but development is production: no defaults for secrets, JSON logs, all interfaces.
+# Anything but development is production: JSON logs, all interfaces, no development tokens.
 ENV ENVIRONMENT=production
 EXPOSE 8000
 

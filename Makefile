@@ -16,10 +16,8 @@ FUZZTIME ?= 10s
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-# The binary and not `go run`, which passes no SIGTERM on and reports an error after every Ctrl-C.
 run: build ## serve on http://localhost:8000, with a private PostgreSQL unless DATABASE_URL is set
-	@test -n "$$DATABASE_URL" || .ci/postgres
-	@bin/taskflow
+	@dev/run
 
 build: ## make bin/taskflow, a static binary
 	CGO_ENABLED=0 go build -trimpath -o bin/taskflow .
@@ -34,12 +32,14 @@ partitioned: postgres ## run the tests on a table in hash partitions
 	TASKFLOW_TEST_TABLE=faults/partitions.sql go test ./...
 
 # find, not `gofmt -l .`: a package in e2e/node_modules may hold Go files.
-lint: ## check format, go vet and staticcheck
+lint: ## check format, go vet, staticcheck and shellcheck
 	@files=$$(gofmt -l $$(find . -name node_modules -prune -o -name '*.go' -print)) || exit 1; \
 	if [ -n "$$files" ]; then echo "not as gofmt would have it:"; echo "$$files"; exit 1; fi
 	go vet ./... && cd faults && go vet ./...
 	go run $(STATICCHECK) ./...
 	cd faults && go run $(STATICCHECK) ./...
+	@if command -v shellcheck >/dev/null; then shellcheck dev/* .ci/run e2e/run faults/run; \
+	else echo "shellcheck is not installed: the scripts are not checked"; fi
 
 vuln: ## look the dependencies up in Go's vulnerability database (needs the network)
 	go run $(GOVULNCHECK) ./...
@@ -72,4 +72,4 @@ clean: ## remove what these targets made; not the development database
 	rm -rf bin bench.txt
 
 postgres:
-	@.ci/postgres
+	@dev/programs -i >/dev/null

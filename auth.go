@@ -2,13 +2,10 @@ package main
 
 import (
 	"context"
-	"encoding/base64"
-	"encoding/json"
+	"errors"
 	"fmt"
-	"math"
+	"log/slog"
 	"net/http"
-	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -16,69 +13,34 @@ import (
 	"github.com/golang-jwt/jwt/v5"
 )
 
-var (
-	errNoBearer     = &httpError{http.StatusUnauthorized, "Invalid authorization header"}
-	errInvalidToken = &httpError{http.StatusUnauthorized, "Invalid token"}
-	errExpiredToken = &httpError{http.StatusUnauthorized, "Token expired"}
-	errForbidden    = &httpError{http.StatusForbidden, "Forbidden"}
-)
-
-const maxSubject = 255 // bytes
-
-// invalid is an errInvalidToken with the reason, which only the log gets.
-func invalid(reason string) error { return fmt.Errorf("%w: %s", errInvalidToken, reason) }
-
-// An authenticator judges tokens: those of HS256 with the secret, all others with the JWKS.
-type authenticator struct {
-	secret   []byte // empty: HS256 is refused
-	jwks     *jwks  // nil: everything else is refused
-	issuer   string // "" for any
-	audience string // "" for any
-
-	mu       sync.Mutex
-	verified map[string]verified // tokens whose signature and claims were found good
-}
-
-// verified is what is left to check of a token each time: the expiry, and that the keys are still the same.
-type verified struct {
-	user string
-	exp  float64 // seconds since 1970
-	keys *jwkSet // that were known
-}
-
 const (
+	maxSubject  = 255 // bytes
+	maxRequests = 64  // of one user, at a time
+
 	maxVerified      = 4096 // tokens; when that many are remembered, all are forgotten
-	maxVerifiedBytes = 2048 // in one token; one that is longer is checked each time
+	maxVerifiedBytes = 2048 // in one token; a longer one is verified each time
+
 )
 
-// authenticator makes what judges tokens from the configuration.
-func (c config) authenticator() (a *authenticator, err error) {
-	a = &authenticator{secret: []byte(c.secret), issuer: c.issuer, audience: c.audience}
-	if c.secret == "" && c.development {
-		a.secret, err = developmentSecret()
-	}
-	if c.jwksURL != "" {
-		a.jwks = newJWKS(c.jwksURL)
-	}
-	return a, err
-}
-
-// own guards a route: next runs only for the user whom both the token and the path name.
-func (a *authenticator) own(next func(*response, *http.Request, string) error) handler {
+// owned guards a route: next runs only for the user whom both the token and the path name. Beyond maxRequests a
+// user's requests wait here, before anything of their body is read.
+func owned(a *authenticator, users *userLimit, next func(*response, *http.Request, string) error) handler {
 	return func(w *response, r *http.Request) error {
 		token, err := bearer(r.Header["Authorization"])
 		if err != nil {
 			return err
 		}
-		user, err := a.subject(r.Context(), token)
-		if err != nil {
+		if w.user, err = a.subject(token); err != nil {
 			return err
 		}
-		w.user = user
-		if r.PathValue("user_id") != user {
+		if r.PathValue("user_id") != w.user {
 			return errForbidden
 		}
-		return next(w, r, user)
+		if err := users.enter(r.Context(), w.user); err != nil {
+			return err
+		}
+		defer users.leave(w.user, true)
+		return next(w, r, w.user)
 	}
 }
 
@@ -92,152 +54,162 @@ func bearer(lines []string) (string, error) {
 	return token, nil
 }
 
-// subject returns the user whom the token names. It fails with errInvalidToken, errExpiredToken, or errJWKSDown.
-func (a *authenticator) subject(ctx context.Context, token string) (string, error) {
-	now, keys := float64(time.Now().UnixNano())/1e9, (*jwkSet)(nil)
-	if a.jwks != nil {
-		keys = a.jwks.known.Load()
+// An authenticator verifies tokens: those with HS256 by the secret, all others by the JWKS.
+type authenticator struct {
+	secret           []byte
+	jwks             *jwks
+	issuer, audience string // "" for any
+	parser           *jwt.Parser
+	mismatch         sync.Once // of iss or aud: the log has it once in detail
+	mu               sync.Mutex
+	verified         map[string]verified
+}
+
+// verified is what is left to check of a token that was found good: its expiry, and that the keys are still the same.
+type verified struct {
+	user    string
+	expires time.Time
+	keys    *jwkSet // that were known
+}
+
+// newAuthenticator makes an authenticator. secret and jwksURL may be empty, as may issuer and audience, which then
+// are not checked.
+func newAuthenticator(secret, jwksURL, issuer, audience string) *authenticator {
+	methods := []string{}
+	if secret != "" {
+		methods = append(methods, jwt.SigningMethodHS256.Alg())
 	}
+	if jwksURL != "" {
+		methods = append(methods, asymmetric...)
+	}
+	options := []jwt.ParserOption{jwt.WithValidMethods(methods), jwt.WithStrictDecoding(), jwt.WithExpirationRequired()}
+	options = append(options, jwt.WithIssuer(issuer)) // any, if it is empty; an audience would be required all the same
+	if audience != "" {
+		options = append(options, jwt.WithAudience(audience))
+	}
+	return &authenticator{secret: []byte(secret), jwks: newJWKS(jwksURL), issuer: issuer, audience: audience,
+		parser: jwt.NewParser(options...), verified: map[string]verified{}}
+}
+
+// subject returns the user whom the token names. It fails with errInvalidToken, errExpiredToken or errJWKSDown.
+func (a *authenticator) subject(token string) (user string, err error) {
+	keys := a.jwks.known.Load()
 	a.mu.Lock()
 	v, ok := a.verified[token]
 	a.mu.Unlock()
 	if !ok || v.keys != keys {
-		var err error
-		if v, err = a.judge(ctx, token, now); err != nil {
+		if v, err = a.verify(token); err != nil {
 			return "", err
 		}
-		v.keys = keys
-		if len(token) <= maxVerifiedBytes {
+		if v.keys = keys; len(token) <= maxVerifiedBytes {
 			a.mu.Lock()
-			if len(a.verified) == maxVerified || a.verified == nil {
-				a.verified = map[string]verified{}
+			if len(a.verified) == maxVerified {
+				clear(a.verified)
 			}
 			a.verified[token] = v
 			a.mu.Unlock()
 		}
 	}
-	if now >= v.exp {
+	if !time.Now().Before(v.expires) {
 		return "", errExpiredToken
 	}
 	return v.user, nil
 }
 
-// judge checks all of a token but its expiry.
-func (a *authenticator) judge(ctx context.Context, token string, now float64) (v verified, err error) {
-	head, rest, _ := strings.Cut(token, ".")
-	body, signature, ok := strings.Cut(rest, ".") // a third dot is no base64url
-	header, ok1 := tokenPart(head)
-	claims, ok2 := tokenPart(body)
-	sig, err := base64.RawURLEncoding.Strict().DecodeString(signature)
-	if !ok || !ok1 || !ok2 || err != nil {
-		return v, invalid("not a JWT")
-	}
-	if header.members["crit"].count > 0 {
-		return v, invalid("crit") // RFC 7515 section 4.1.11: no extension is understood here
-	}
-	if v, err = a.readClaims(claims, now); err != nil {
+// verify has golang-jwt check all of a token but crit, which it leaves to its callers, and sub.
+func (a *authenticator) verify(token string) (v verified, err error) {
+	claims := jwt.MapClaims{}
+	_, err = a.parser.ParseWithClaims(token, claims, func(t *jwt.Token) (any, error) {
+		if _, ok := t.Header["crit"]; ok {
+			return nil, errors.New("crit names extensions, and none is understood") // RFC 7515 section 4.1.11
+		}
+		if t.Method == jwt.SigningMethodHS256 {
+			return a.secret, nil
+		}
+		return a.jwks.keysFor(t)
+	})
+	switch {
+	case errors.Is(err, errJWKSDown):
 		return v, err
-	}
-	return v, a.verify(ctx, header, strings.TrimSuffix(token, "."+signature), sig)
-}
-
-// verify checks the signature with a key that is meant for the header's alg.
-func (a *authenticator) verify(ctx context.Context, header jsonValue, signed string, signature []byte) error {
-	alg, _ := claimText(header, "alg")
-	if alg == jwt.SigningMethodHS256.Alg() {
-		if len(a.secret) == 0 || jwt.SigningMethodHS256.Verify(signed, signature, a.secret) != nil {
-			return invalid("signature")
+	case errors.Is(err, jwt.ErrTokenExpired):
+		return v, errExpiredToken
+	case err != nil:
+		if errors.Is(err, jwt.ErrTokenInvalidIssuer) || errors.Is(err, jwt.ErrTokenInvalidAudience) {
+			a.mismatch.Do(func() {
+				slog.Warn("a token's iss or aud is not the configured one: is it a slash at the end?", "iss", claims["iss"], "aud", claims["aud"])
+			})
 		}
-		return nil
+		return v, fmt.Errorf("%w: %v", errInvalidToken, err)
 	}
-	kid, ok := claimText(header, "kid")
-	if a.jwks == nil || !slices.Contains(asymmetric, alg) || !ok {
-		return invalid("alg, or no kid")
+	expires, _ := claims.GetExpirationTime() // which the parser has found good
+	subject, err := claims.GetSubject()
+	if err != nil || subject == "" || len(subject) > maxSubject || strings.ContainsRune(subject, 0) {
+		return v, fmt.Errorf("%w: sub must be a string of 1 to %d bytes, without NUL", errInvalidToken, maxSubject)
 	}
-	keys, err := a.jwks.keys(ctx, kid)
-	if err != nil {
-		return err
-	}
-	for _, key := range keys {
-		if slices.Contains(key.algorithms, alg) && jwt.GetSigningMethod(alg).Verify(signed, signature, key.public) == nil {
-			return nil
-		}
-	}
-	return invalid("signature, or no such key")
-}
-
-// readClaims reads the claims, and fails when they are not to be accepted whatever the signature.
-func (a *authenticator) readClaims(claims jsonValue, now float64) (v verified, err error) {
-	var ok bool
-	if v.user, ok = claimText(claims, "sub"); !ok || v.user == "" || len(v.user) > maxSubject {
-		return v, invalid("sub")
-	}
-	if v.exp, ok = claimTime(claims, "exp"); !ok {
-		return v, invalid("exp")
-	}
-	if claims.members["nbf"].count > 0 {
-		if nbf, ok := claimTime(claims, "nbf"); !ok || now < nbf {
-			return v, invalid("nbf")
-		}
-	}
-	if issuer, ok := claimText(claims, "iss"); a.issuer != "" && (!ok || issuer != a.issuer) {
-		return v, invalid("iss")
-	}
-	if a.audience != "" && !claimHolds(claims, "aud", a.audience) {
-		return v, invalid("aud")
-	}
-	return v, nil
-}
-
-// tokenPart decodes a part of a token that must be a JSON object.
-func tokenPart(part string) (v jsonValue, ok bool) {
-	text, err := base64.RawURLEncoding.Strict().DecodeString(part)
-	v, fault := parseJSON(text)
-	return v, err == nil && fault == nil && v.isObject()
-}
-
-// claimText returns a string that is there exactly once.
-func claimText(v jsonValue, name string) (string, bool) {
-	m := v.members[name]
-	if m.count != 1 || m.raw[0] != '"' {
-		return "", false
-	}
-	return jsonText(m.raw)
-}
-
-// claimTime returns a NumericDate (RFC 7519 section 2) that is there exactly once.
-func claimTime(v jsonValue, name string) (float64, bool) {
-	m := v.members[name]
-	seconds, err := strconv.ParseFloat(string(m.raw), 64)
-	// Beyond 2^53 a float64 cannot tell one second from the next; 2^53+1 is rounded to 2^53.
-	exact := math.Abs(seconds) < 1<<53 || string(m.raw) == "9007199254740992"
-	return seconds, m.count == 1 && err == nil && exact
-}
-
-// claimHolds reports whether the member, which is there exactly once, is text or a list of strings with text in it.
-func claimHolds(v jsonValue, name, text string) bool {
-	raw := v.members[name].raw
-	if v.members[name].count != 1 {
-		return false
-	}
-	if raw[0] != '[' {
-		raw = slices.Concat([]byte("["), raw, []byte("]"))
-	}
-	var list []*string
-	return json.Unmarshal(raw, &list) == nil && !slices.Contains(list, nil) &&
-		slices.ContainsFunc(list, func(s *string) bool { return *s == text })
+	return verified{user: subject, expires: expires.Time}, nil
 }
 
 // developmentToken makes a token that this service accepts, for the user and time given.
 func (a *authenticator) developmentToken(user string, ttl time.Duration) string {
 	now := time.Now()
 	claims := jwt.MapClaims{"sub": user, "iat": now.Unix(), "exp": now.Add(ttl).Unix()}
-	if a.issuer != "" {
-		claims["iss"] = a.issuer
-	}
-	if a.audience != "" {
-		claims["aud"] = a.audience
+	for name, value := range map[string]string{"iss": a.issuer, "aud": a.audience} {
+		if value != "" {
+			claims[name] = value
+		}
 	}
 	token, _ := jwt.NewWithClaims(jwt.SigningMethodHS256, claims).SignedString(a.secret) // no error with a key of bytes
 	return token
+}
+
+// A userLimit bounds what one user can have under way, so that nobody's flood takes everything from the others.
+// What is beyond waits.
+type userLimit struct {
+	limit   int
+	timeout time.Duration
+	mu      sync.Mutex
+	users   map[string]*userTurns // of users with something here
+}
+
+type userTurns struct {
+	taken chan struct{} // has an element for each
+	here  int           // with those who wait
+}
+
+// enter waits for a turn of the user's, to be ended by leave. It fails with errBusy after the timeout.
+func (l *userLimit) enter(ctx context.Context, user string) error {
+	l.mu.Lock()
+	own := l.users[user]
+	if own == nil {
+		own = &userTurns{taken: make(chan struct{}, l.limit)}
+		l.users[user] = own
+	}
+	own.here++
+	l.mu.Unlock()
+	select {
+	case own.taken <- struct{}{}:
+		return nil
+	default:
+	}
+	select {
+	case own.taken <- struct{}{}: // who has waited longest comes first
+		return nil
+	case <-ctx.Done():
+	case <-time.After(l.timeout):
+	}
+	l.leave(user, false)
+	return errBusy
+}
+
+// leave ends a turn, or the wait for one.
+func (l *userLimit) leave(user string, entered bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	own := l.users[user]
+	if entered {
+		<-own.taken
+	}
+	if own.here--; own.here == 0 {
+		delete(l.users, user)
+	}
 }

@@ -14,8 +14,8 @@ import (
 	"time"
 )
 
-// share has n requests wait at the same moment, and lets them go as the batches they make.
-func (b *batcher) share(t testing.TB, n int, request func(i int), before ...func()) {
+// shareAll has n requests wait at the same moment, and lets them go as the batches they make.
+func (b *batcher) shareAll(t testing.TB, n int, request func(i int), before ...func()) {
 	t.Helper()
 	eventually(t, "nothing is under way", func() bool {
 		b.mu.Lock()
@@ -46,7 +46,7 @@ func (b *batcher) queue() int {
 
 func TestRequestsThatWaitShareAStatementAndGetTheirOwnAnswers(t *testing.T) {
 	t.Parallel()
-	s := newServiceWith(t, newDatabase(t), 24)
+	s := newServiceWithin(t, newDatabase(t), 24, 10*time.Second)
 	const n = maxBatch + 6
 	user := func(i int) string { return fmt.Sprint("user ", i%7) }
 	path := func(i int) string { return fmt.Sprintf("/api/user%%20%d/tasks", i%7) }
@@ -55,7 +55,7 @@ func TestRequestsThatWaitShareAStatementAndGetTheirOwnAnswers(t *testing.T) {
 	body := func(i int) string { // several are equal
 		return mustJSON(t, map[string]any{"title": "title" + texts[i%len(texts)], "description": []any{nil, texts[i%len(texts)]}[i%2]})
 	}
-	s.tasks().creations.share(t, n, func(i int) {
+	s.store.creations.shareAll(t, n, func(i int) {
 		got := s.as(t, user(i), "POST", path(i), body(i))
 		made[i] = got.task(t)
 		want := taskJSON{made[i].ID, user(i), "title" + texts[i%len(texts)], nil, false, made[i].CreatedAt, made[i].UpdatedAt}
@@ -74,7 +74,7 @@ func TestRequestsThatWaitShareAStatementAndGetTheirOwnAnswers(t *testing.T) {
 		t.Errorf("created at %v: not by two statements", times)
 	}
 	one := func(i int) string { return fmt.Sprint(path(i), "/", made[i].ID) }
-	s.tasks().reads.share(t, n, func(i int) {
+	s.store.reads.shareAll(t, n, func(i int) {
 		switch i {
 		case 3:
 			s.as(t, user(i), "GET", path(i)+"/0", "").is(t, 404, notFound)
@@ -84,7 +84,7 @@ func TestRequestsThatWaitShareAStatementAndGetTheirOwnAnswers(t *testing.T) {
 			s.as(t, user(i), "GET", one(i), "").is(t, 200, mustJSON(t, made[i]))
 		}
 	})
-	s.tasks().changes.share(t, n, func(i int) {
+	s.store.updates.shareAll(t, n, func(i int) {
 		was, want := made[i], made[i]
 		changes := map[string]any{}
 		if i%3 == 0 {
@@ -116,33 +116,20 @@ func TestRequestsThatWaitShareAStatementAndGetTheirOwnAnswers(t *testing.T) {
 			t.Errorf("%v: updated_at %s, then %s", changes, was.UpdatedAt, want.UpdatedAt)
 		}
 	})
-	for user := range 7 {
+	for i := range 7 {
 		var want []taskJSON
-		for i := user; i < n; i += 7 {
-			want = append(want, made[i])
+		for j := i; j < n; j += 7 {
+			want = append(want, made[j])
 		}
 		slices.SortFunc(want, func(a, b taskJSON) int { return int(a.ID - b.ID) })
-		s.as(t, fmt.Sprint("user ", user), "GET", path(user), "").is(t, 200, mustJSON(t, want))
+		s.as(t, user(i), "GET", path(i), "").is(t, 200, mustJSON(t, want))
 	}
-}
-
-func TestChangesOfOneTaskInABatchAllSurvive(t *testing.T) {
-	t.Parallel()
-	s := newService(t)
-	task := s.create(t, "ann", "x")
-	own, times := fmt.Sprintf("/api/ann/tasks/%d", task.ID), make([]string, 4)
-	s.tasks().changes.share(t, len(times), func(i int) {
-		body := []string{`{"title":"new"}`, `{"description":"d"}`, `{"is_completed":true}`, `{}`}[i]
-		times[i] = s.as(t, "ann", "PATCH", own, body).task(t).UpdatedAt
-	})
-	d := "d"
-	s.as(t, "ann", "GET", own, "").is(t, 200, mustJSON(t, taskJSON{task.ID, "ann", "new", &d, true, task.CreatedAt, slices.Max(times)}))
 }
 
 func TestChangesOfTheSameTasksThroughTwoReplicasAllSurvive(t *testing.T) {
 	t.Parallel()
 	database := newDatabase(t)
-	replicas := []*service{newServiceWith(t, database, 16), newServiceWith(t, database, 16)}
+	replicas := []*service{newServiceWithin(t, database, 16, 10*time.Second), newServiceWithin(t, database, 16, 10*time.Second)}
 	const tasks, rounds = 6, 30
 	var group sync.WaitGroup
 	times := make([][3][]string, tasks)
@@ -185,7 +172,7 @@ func TestChangesOfTheSameTasksThroughTwoReplicasAllSurvive(t *testing.T) {
 func TestOneOfABatchThatIsLockedOrRefusedHoldsUpNobody(t *testing.T) {
 	t.Parallel()
 	database := newDatabase(t)
-	s := newServiceWith(t, database, 8)
+	s := newServiceWithin(t, database, 8, 10*time.Second)
 	s.exec(t, `ALTER TABLE tasks ADD CHECK (title <> 'refused')`)
 	path := func(user string) string {
 		return fmt.Sprintf("/api/%s/tasks/%d", user, s.create(t, user, "x").ID)
@@ -194,7 +181,7 @@ func TestOneOfABatchThatIsLockedOrRefusedHoldsUpNobody(t *testing.T) {
 	release := hold(t, database, `SELECT FROM tasks WHERE user_id = 'ann' FOR UPDATE`)
 	var others sync.WaitGroup
 	others.Add(2)
-	s.tasks().changes.share(t, 3, func(i int) {
+	s.store.updates.shareAll(t, 3, func(i int) {
 		user := []string{"ann", "bob", "cid"}[i]
 		if user == "ann" {
 			go func() { // the others have their answers before the lock goes
@@ -209,7 +196,7 @@ func TestOneOfABatchThatIsLockedOrRefusedHoldsUpNobody(t *testing.T) {
 		}
 	})
 	refused := func(b *batcher, n int, status int, method, title string, path func(string) string) {
-		b.share(t, n, func(i int) {
+		b.shareAll(t, n, func(i int) {
 			user, body := []string{"bob", "cid", "dan"}[i], `{"title":"`+title+`"}`
 			if i == 1 {
 				s.as(t, user, method, path(user), `{"title":"refused"}`).is(t, 500, `{"detail":"Internal server error"}`)
@@ -221,8 +208,8 @@ func TestOneOfABatchThatIsLockedOrRefusedHoldsUpNobody(t *testing.T) {
 			t.Errorf("logged %q", lines)
 		}
 	}
-	refused(&s.tasks().changes, 3, 200, "PATCH", "newer", func(user string) string { return paths[user] })
-	refused(&s.tasks().creations, 3, 201, "POST", "fresh", func(user string) string { return "/api/" + user + "/tasks" })
+	refused(&s.store.updates, 3, 200, "PATCH", "newer", func(user string) string { return paths[user] })
+	refused(&s.store.creations, 3, 201, "POST", "fresh", func(user string) string { return "/api/" + user + "/tasks" })
 	if n := ask(t, database, `SELECT count(*) FROM tasks`); n != "6" {
 		t.Errorf("there are %s tasks", n)
 	}
@@ -231,7 +218,7 @@ func TestOneOfABatchThatIsLockedOrRefusedHoldsUpNobody(t *testing.T) {
 func TestAStatementThatTakesLongLetsTheNextGo(t *testing.T) {
 	t.Parallel()
 	database := newDatabase(t)
-	s := newServiceWith(t, database, 8)
+	s := newServiceWithin(t, database, 8, 10*time.Second)
 	paths := map[string]string{}
 	for _, user := range []string{"ann", "bob", "cid"} {
 		paths[user] = fmt.Sprintf("/api/%s/tasks/%d", user, s.create(t, user, "x").ID)
@@ -265,7 +252,7 @@ func TestABatchWithoutAnAnswerIsInDoubtForAll(t *testing.T) {
 		{"lose", 503, "6"}, {"40001", 201, "9"}, {"cut", 503, "9"},
 	} {
 		p.treat("INSERT", test.script)
-		s.tasks().creations.share(t, 3, func(i int) {
+		s.store.creations.shareAll(t, 3, func(i int) {
 			if got := s.as(t, users[i], "POST", "/api/"+users[i]+"/tasks", `{"title":"y"}`); got.status != test.status {
 				t.Errorf("%s: %v", test.script, got)
 			}
@@ -274,11 +261,11 @@ func TestABatchWithoutAnAnswerIsInDoubtForAll(t *testing.T) {
 			t.Errorf("%s: there are %s tasks", test.script, n)
 		}
 		p.treat("SELECT", test.script)
-		s.tasks().reads.share(t, 3, func(i int) { s.as(t, users[i], "GET", paths[users[i]], "").task(t) })
+		s.store.reads.shareAll(t, 3, func(i int) { s.as(t, users[i], "GET", paths[users[i]], "").task(t) })
 	}
 	p.treat("unnest", "0A000") // the database knows no such statements
-	s.tasks().reads.share(t, 3, func(i int) { s.as(t, users[i], "GET", paths[users[i]], "").task(t) })
-	if n := p.count(); n != 1 {
+	s.store.reads.shareAll(t, 3, func(i int) { s.as(t, users[i], "GET", paths[users[i]], "").task(t) })
+	if n := p.count(); n != 2 { // prepared, and not
 		t.Errorf("tried %d times", n)
 	}
 }
@@ -288,54 +275,14 @@ func TestABatchDoesNotOutliveThoseWhoWaitForIt(t *testing.T) {
 	database := newDatabase(t)
 	s := newServiceWithin(t, database, 8, time.Second)
 	release := hold(t, database, `LOCK TABLE tasks`)
-	s.tasks().creations.share(t, 3, func(i int) {
-		s.as(t, "ann", "POST", "/api/ann/tasks", `{"title":"x"}`).is(t, 503, unavailable)
+	s.store.creations.shareAll(t, 3, func(i int) {
+		user := []string{"ann", "bob", "cid"}[i]
+		s.as(t, user, "POST", "/api/"+user+"/tasks", `{"title":"x"}`).is(t, 503, unavailable)
 	})
 	eventually(t, "nothing waits", func() bool { return others(t, database, waiting) == "0" })
 	release()
 	s.as(t, "ann", "GET", "/api/ann/tasks", "").is(t, 200, "[]")
 	s.logs.at(slog.LevelWarn)
-}
-
-func TestABatchHasTimeToEndAfterTheFirstDeadline(t *testing.T) {
-	t.Parallel()
-	now := time.Now()
-	var end time.Time
-	b := &batcher{together: func(ctx context.Context, members []*member) error {
-		end, _ = ctx.Deadline()
-		return errors.New("refused")
-	}}
-	alone := func(context.Context) (task, error) { return task{id: 7}, nil }
-	b.share(t, 3, func(i int) {
-		ctx, cancel := context.WithDeadline(t.Context(), now.Add([]time.Duration{2, 1, 3}[i]*time.Hour))
-		defer cancel()
-		if got, err := new(store).share(ctx, b, &member{}, alone); err != nil || got.id != 7 {
-			t.Errorf("%d: %v, %v", i, got, err)
-		}
-	})
-	if want := now.Add(time.Hour + cancelGrace); !end.Equal(want) {
-		t.Errorf("it ends at %s, not %s", end, want)
-	}
-}
-
-func TestABatchEndsWhenAllHaveHungUp(t *testing.T) {
-	t.Parallel()
-	ctx, hangUp := context.WithTimeout(t.Context(), time.Hour)
-	ended := make(chan error)
-	b := &batcher{together: func(ctx context.Context, members []*member) error {
-		hangUp()
-		<-ctx.Done()
-		ended <- ctx.Err()
-		return ctx.Err()
-	}}
-	b.share(t, 3, func(int) {
-		if _, err := new(store).share(ctx, b, &member{}, nil); !errors.Is(err, context.Canceled) {
-			t.Error(err)
-		}
-	})
-	if err := <-ended; err != context.Canceled {
-		t.Error(err)
-	}
 }
 
 func TestABatcherAnswersAllThatItTakes(t *testing.T) {
@@ -344,7 +291,7 @@ func TestABatcherAnswersAllThatItTakes(t *testing.T) {
 	b := &batcher{together: func(_ context.Context, members []*member) error {
 		var users []string
 		for _, m := range members {
-			if users = append(users, m.user); m.user == "bad" {
+			if users = append(users, m.user); strings.HasPrefix(m.user, "bad") {
 				asked = append(asked, users)
 				panic("a bug")
 			}
@@ -353,53 +300,37 @@ func TestABatcherAnswersAllThatItTakes(t *testing.T) {
 		asked = append(asked, users)
 		return nil
 	}}
-	alone := func(context.Context) (task, error) { return task{}, errors.New("asked alone") }
+	alone := func() (task, error) { return task{}, errors.New("asked alone") }
 	request := func(ctx context.Context, user, want string, failure error) {
-		if got, err := new(store).share(ctx, b, &member{user: user}, alone); got.userID != want || !errors.Is(err, failure) {
+		if got, err := b.share(ctx, &member{user: user}, alone); got.userID != want || !errors.Is(err, failure) {
 			t.Errorf("%s: got %q, %v", user, got.userID, err)
 		}
 	}
 	ctx, hangUp := context.WithCancel(t.Context())
-	b.share(t, 3, func(i int) {
+	b.shareAll(t, 3, func(i int) {
 		if i == 0 {
-			request(ctx, "gone", "", errUnavailable)
+			request(ctx, "gone", "", context.Canceled)
 		} else {
-			request(t.Context(), "ann", "ann", nil)
+			request(t.Context(), fmt.Sprint("user", i), fmt.Sprint("user", i), nil)
 		}
-	}, func() {
-		hangUp()
-		eventually(t, "one has left", func() bool { return b.queue() == 2 })
-	})
-	b.share(t, 3, func(i int) { request(t.Context(), "bad", "", errPanic) })
-	b.share(t, 0, nil) // the last one has ended
+	}, hangUp)
+	b.shareAll(t, 3, func(i int) { request(t.Context(), fmt.Sprint("bad", i), "", errPanic) })
+	b.shareAll(t, 0, nil) // the last one has ended
 	if len(asked) != 2 || len(asked[0]) != 2 || len(asked[1]) != 1 || b.queue() > 0 {
 		t.Errorf("asked %q; %d wait", asked, b.queue())
 	}
 }
 
-func TestATaskWithALongDescriptionIsAskedForAlone(t *testing.T) {
+func TestWhatGoesAlone(t *testing.T) {
 	t.Parallel()
-	s := newService(t)
-	long := strings.Repeat("é", maxBatchText/2)
-	var paths [3]string
-	for i, description := range []string{long + "x", long, "short"} {
-		paths[i] = fmt.Sprint("/api/ann/tasks/",
-			s.as(t, "ann", "POST", "/api/ann/tasks", mustJSON(t, map[string]string{"title": "x", "description": description})).task(t).ID)
-	}
-	members := []*member{{user: "ann", id: 1, err: errAlone}, {user: "ann", id: 2, err: errAlone}, {user: "ann", id: 3, err: errAlone}}
-	for _, together := range []func(context.Context, []*member) error{s.tasks().readTogether, s.tasks().changeTogether} {
-		if err := together(t.Context(), members); err != nil || members[0].err != errAlone || members[1].err != nil ||
-			members[2].err != nil {
-			t.Errorf("%v: %v, %v, %v", err, members[0].err, members[1].err, members[2].err)
+	b := &batcher{busy: true, waiting: []*member{{user: "ann", id: 7}}}
+	long := strings.Repeat("x", maxBatchText+1)
+	for what, m := range map[string]*member{"a second request about a task": {user: "ann", id: 7}, "a precondition": {times: []string{}},
+		"a long description": {in: changes{description: &long}}} {
+		got, err := b.share(t.Context(), m, func() (task, error) { return task{id: 7}, nil })
+		if err != nil || got.id != 7 || b.queue() != 1 {
+			t.Errorf("%s: %v, %v, %d wait", what, got, err, b.queue())
 		}
-		for _, m := range members {
-			m.err = errAlone
-		}
-	}
-	for _, b := range []*batcher{&s.tasks().reads, &s.tasks().changes} {
-		b.share(t, len(paths), func(i int) {
-			s.as(t, "ann", map[bool]string{true: "GET", false: "PATCH"}[b == &s.tasks().reads], paths[i], "{}").task(t)
-		})
 	}
 }
 
@@ -407,11 +338,11 @@ func TestNothingIsSharedWhereTheTableIsOnSeveralServers(t *testing.T) {
 	t.Parallel()
 	database := newDatabase(t)
 	ask(t, database, `CREATE TABLE pg_dist_partition ()`) // as if by Citus
-	s := newServiceWith(t, database, 8)
-	if err := s.tasks().applySchema(t.Context()); err != nil {
+	s := newServiceWithin(t, database, 8, 10*time.Second)
+	if err := s.store.applySchema(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	for _, b := range []*batcher{&s.tasks().reads, &s.tasks().creations, &s.tasks().changes} {
+	for _, b := range []*batcher{&s.store.reads, &s.store.creations, &s.store.updates} {
 		b.busy = true // who shares would wait in vain
 	}
 	path := fmt.Sprint("/api/ann/tasks/", s.create(t, "ann", "x").ID)
@@ -426,7 +357,7 @@ func TestABatchLooksEachTaskUpInTheIndex(t *testing.T) {
 		for _, statement := range []string{selectTogether, updateTogether} {
 			parameters := regexp.MustCompile(`\$\d+::`).FindAllString(statement, -1)
 			arguments := strings.TrimSuffix(strings.Repeat("'{}',", len(parameters)), ",")
-			conn := must(s.tasks().db.Conn(t.Context()))
+			conn := must(s.store.db.Conn(t.Context()))
 			for _, before := range []string{`SET plan_cache_mode = force_generic_plan`, `PREPARE batch AS ` + statement} {
 				must(conn.ExecContext(t.Context(), before))
 			}
@@ -457,4 +388,28 @@ func TestABatchLooksEachTaskUpInTheIndex(t *testing.T) {
 	s.exec(t, `INSERT INTO tasks (user_id, title) SELECT 'user ' || i % 2000, 'title ' || i FROM generate_series(1, 100000) i`)
 	s.exec(t, `VACUUM ANALYZE tasks`)
 	explain("100,000")
+}
+
+func TestABatchEndsWhenAllHaveLeft(t *testing.T) {
+	t.Parallel()
+	var hangUp [3]func()
+	b := &batcher{together: func(ctx context.Context, members []*member) error {
+		hangUp[0]()
+		hangUp[2]()
+		if ctx.Err() != nil {
+			t.Error("it ended while one was there")
+		}
+		hangUp[1]()
+		<-ctx.Done()
+		return ctx.Err()
+	}}
+	ctx := [3]context.Context{}
+	for i := range ctx {
+		ctx[i], hangUp[i] = context.WithCancel(t.Context())
+	}
+	b.shareAll(t, 3, func(i int) {
+		if _, err := b.share(ctx[i], &member{user: fmt.Sprint(i)}, nil); !errors.Is(err, context.Canceled) {
+			t.Error(err)
+		}
+	})
 }

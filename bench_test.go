@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"crypto/ed25519"
+	"database/sql/driver"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -26,18 +27,18 @@ import (
 // them with benchstat; the service as a whole is measured beside its peers with a load generator.
 
 func BenchmarkToken(b *testing.B) {
-	a := &authenticator{secret: []byte(testSecret)}
+	a := newAuthenticator(testSecret, "", "", "")
 	token := tokenFor(b, "ann")
 	public, private, _ := ed25519.GenerateKey(nil)
 	eddsa := jwt.NewWithClaims(jwt.SigningMethodEdDSA, jwt.MapClaims{"sub": "ann", "exp": time.Now().Add(time.Hour).Unix()})
 	eddsa.Header["kid"] = "k"
 	signed, _ := eddsa.SignedString(private)
-	keys := newJWKS("")
-	keys.known.Store(&jwkSet{"k": {{"k", []string{"EdDSA"}, public}}})
+	byJWKS := newAuthenticator("", "http://localhost", "", "")
+	byJWKS.jwks.known.Store(&jwkSet{"k EdDSA": {public}})
 	again := func(a *authenticator, token string) func(*testing.B) {
 		return func(b *testing.B) {
 			for b.Loop() {
-				if _, err := a.subject(context.Background(), token); err != nil {
+				if _, err := a.subject(token); err != nil {
 					b.Fatal(err)
 				}
 			}
@@ -46,7 +47,7 @@ func BenchmarkToken(b *testing.B) {
 	first := func(a *authenticator, token string) func(*testing.B) {
 		return func(b *testing.B) {
 			for b.Loop() {
-				if _, err := a.judge(context.Background(), token, 0); err != nil {
+				if _, err := a.verify(token); err != nil {
 					b.Fatal(err)
 				}
 			}
@@ -54,8 +55,8 @@ func BenchmarkToken(b *testing.B) {
 	}
 	b.Run("HS256-first", first(a, token))
 	b.Run("HS256-again", again(a, token))
-	b.Run("EdDSA-first", first(&authenticator{jwks: keys}, signed))
-	b.Run("EdDSA-again", again(&authenticator{jwks: keys}, signed))
+	b.Run("EdDSA-first", first(byJWKS, signed))
+	b.Run("EdDSA-again", again(byJWKS, signed))
 	b.Run("baseline=golang-jwt", func(b *testing.B) {
 		for b.Loop() {
 			if _, err := jwt.Parse(token, func(*jwt.Token) (any, error) { return a.secret, nil },
@@ -70,10 +71,11 @@ func BenchmarkDecode(b *testing.B) {
 	text := []byte(`{"title": "Write the release notes", "description": "with every change since \"1.0\"", "is_completed": false}`)
 	b.Run("ours", func(b *testing.B) {
 		for b.Loop() {
-			body, err := parseJSON(text)
-			var v validation
-			if in := v.taskInput(body, false); err != nil || v != nil || in.title == nil {
-				b.Fatal(err, v)
+			var parsed body
+			var f faults
+			err := parsed.parse(text)
+			if in := f.changes(parsed, false); err != nil || f != nil || in.title == nil {
+				b.Fatal(err, f)
 			}
 		}
 	})
@@ -92,8 +94,8 @@ func BenchmarkDecode(b *testing.B) {
 }
 
 func BenchmarkEncode(b *testing.B) {
-	t := task{id: 4711, userID: "ann", title: "Write the release notes", description: "with every change", hasDescription: true,
-		createdAt: "2026-11-23 04:05:06.7+00", updatedAt: "2026-11-23 04:05:06.789012+00"}
+	t := task{id: 4711, userID: "ann", title: "Write the release notes", description: "with every change", described: true,
+		createdAt: 848_721_906_700_000, updatedAt: 848_721_906_789_012}
 	b.Run("ours", func(b *testing.B) {
 		var buffer []byte
 		for b.Loop() {
@@ -101,7 +103,7 @@ func BenchmarkEncode(b *testing.B) {
 		}
 	})
 	b.Run("baseline=encoding-json", func(b *testing.B) {
-		same := taskJSON{t.id, t.userID, t.title, &t.description, t.isCompleted, t.createdAt, t.updatedAt}
+		same := taskJSON{t.id, t.userID, t.title, &t.description, t.isCompleted, t.createdAt.String(), t.updatedAt.String()}
 		for b.Loop() {
 			if _, err := json.Marshal(same); err != nil {
 				b.Fatal(err)
@@ -127,19 +129,20 @@ func BenchmarkCORS(b *testing.B) {
 func BenchmarkStore(b *testing.B) {
 	s := newStore(newDatabase(b), 4, 10*time.Second)
 	defer s.close()
-	ctx, title := context.Background(), "a title"
+	ctx, title, c := context.Background(), "a title", chunk{}
+	s.applied.Store(true)
 	fill(b, s)
 	for name, f := range map[string]func() error{
-		"task":           func() error { _, err := s.task(ctx, "ann", 7); return err },
-		"createTask":     func() error { _, err := s.createTask(ctx, "bob", "", taskInput{title: &title}); return err },
-		"createTask-key": func() error { _, err := s.createTask(ctx, "bob", "key", taskInput{title: &title}); return err },
+		"task":           func() error { _, err := s.readTask(ctx, "ann", 7); return err },
+		"createTask":     func() error { _, err := s.createTask(ctx, "bob", "", changes{title: &title}); return err },
+		"createTask-key": func() error { _, err := s.createTask(ctx, "bob", "key", changes{title: &title}); return err },
 		"updateTask": func() error {
-			_, err := s.updateTask(ctx, "ann", 7, nil, taskInput{title: &title})
+			_, err := s.updateTask(ctx, "ann", 7, nil, changes{title: &title})
 			return err
 		},
-		"chunk-20":          func() error { _, err := s.chunk(ctx, "ann", listQuery{sortBy: "id"}, 20, pageBytes, nil); return err },
-		"chunk-1000":        func() error { _, err := s.chunk(ctx, "ann", listQuery{sortBy: "id"}, 1000, pageBytes, nil); return err },
-		"baseline=SELECT-1": func() error { return perform(ctx, s.db, `SELECT $1::int`, arguments("1"), discard) },
+		"chunk-20":          func() error { return s.readChunk(ctx, "ann", listQuery{sortBy: "id", limit: 20}, &c) },
+		"chunk-1000":        func() error { return s.readChunk(ctx, "ann", listQuery{sortBy: "id", limit: 1000}, &c) },
+		"baseline=SELECT-1": func() error { return exchange(ctx, s.db, `SELECT $1::int`, arguments("1"), func([]driver.Value) {}) },
 	} {
 		b.Run(name, func(b *testing.B) {
 			for b.Loop() {
@@ -156,11 +159,11 @@ func BenchmarkStore(b *testing.B) {
 func BenchmarkHandler(b *testing.B) {
 	const clients = 32
 	database := newDatabase(b)
-	s := newServiceWith(b, database, defaultPoolSize)
+	s := newServiceWithin(b, database, 16, 10*time.Second)
 	s.log = slog.New(slog.NewJSONHandler(io.Discard, nil))
 	plain := httptest.NewServer(s.handler()) // without the comparison of each answer with openapi.json
 	defer plain.Close()
-	fill(b, s.tasks())
+	fill(b, s.store)
 	http.DefaultTransport.(*http.Transport).MaxIdleConnsPerHost = clients
 	var tokens [100]string
 	for i := range tokens {
@@ -215,8 +218,8 @@ func BenchmarkHandler(b *testing.B) {
 func fill(b *testing.B, s *store) {
 	b.Helper()
 	for _, users := range []string{"'ann'", "'user' || (i - 1) % 100"} {
-		if err := perform(context.Background(), s.db, fmt.Sprintf(`INSERT INTO tasks (user_id, title, description)
-			SELECT %s, 'task number ' || i, 'what is to be done about ' || i FROM generate_series(1, 1000) i`, users), nil, discard); err != nil {
+		if err := exchange(context.Background(), s.db, fmt.Sprintf(`INSERT INTO tasks (user_id, title, description)
+			SELECT %s, 'task number ' || i, 'what is to be done about ' || i FROM generate_series(1, 1000) i`, users), nil, func([]driver.Value) {}); err != nil {
 			b.Fatal(err)
 		}
 	}

@@ -5,16 +5,23 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/lib/pq"
 )
 
-// environment is one with these variables, NAME=value.
+const localDatabase = "DATABASE_URL=postgres://u@localhost/d"
+
+// environment is one with these variables, NAME=value, and what is required.
 func environment(variables ...string) func(string) string {
+	return bareEnvironment(append([]string{localDatabase, secretVariable}, variables...)...)
+}
+
+func bareEnvironment(variables ...string) func(string) string {
 	return func(name string) string {
 		for _, variable := range slices.Backward(variables) { // the last counts
 			if value, ok := strings.CutPrefix(variable, name+"="); ok {
@@ -27,28 +34,35 @@ func environment(variables ...string) func(string) string {
 
 const remoteDatabase = "DATABASE_URL=postgres://u:p@db.example.com/tasks?sslmode=verify-full&sslrootcert=system"
 
-func TestValuesAreTakenAsTheyAreAndAnEmptyOneIsUnset(t *testing.T) {
+func TestValuesAreReadAndAnEmptyOneIsUnset(t *testing.T) {
 	t.Parallel()
-	unset := config{development: true, origins: []string{"http://localhost:3000"}, host: "127.0.0.1", port: "8000", poolSize: 16,
-		poolTimeout: 5 * time.Second}
-	set := config{development: true, secret: strings.Repeat("ü", 16), jwksURL: "https://c", issuer: " i ", audience: "a,b",
+	unset := config{development: true, secret: testSecret, origins: []string{"http://localhost:3000"}, host: "127.0.0.1", port: "8000",
+		poolSize: 16, poolTimeout: 5 * time.Second}
+	set := config{development: true, secret: strings.Repeat("ü", 16), jwksURL: "https://c", issuer: "i", audience: "a,b",
 		origins: []string{"https://a", "http://b:1"}, host: "::1", port: "65535", poolSize: 1, poolTimeout: 30 * time.Second}
 	for _, c := range []struct {
 		variables []string
 		want      config
 	}{
 		{nil, unset},
-		{[]string{"DATABASE_URL=", "BETTER_AUTH_SECRET=", "BETTER_AUTH_JWKS_URL=", "BETTER_AUTH_ISSUER=", "BETTER_AUTH_AUDIENCE=",
-			"CORS_ORIGINS=", "ENVIRONMENT=", "HOST=", "PORT=", "DB_POOL_SIZE=", "DB_POOL_TIMEOUT="}, unset},
-		{[]string{"BETTER_AUTH_SECRET=" + set.secret, "BETTER_AUTH_JWKS_URL=https://c", "BETTER_AUTH_ISSUER= i ",
+		{[]string{"BETTER_AUTH_JWKS_URL=", "BETTER_AUTH_ISSUER=", "BETTER_AUTH_AUDIENCE=\"\"", "CORS_ORIGINS= ", "ENVIRONMENT=", "HOST=",
+			"PORT=", "DB_POOL_SIZE=", "DB_POOL_TIMEOUT="}, unset},
+		{[]string{"BETTER_AUTH_SECRET=" + set.secret, "BETTER_AUTH_JWKS_URL=https://c", "BETTER_AUTH_ISSUER=i",
 			"BETTER_AUTH_AUDIENCE=a,b", "CORS_ORIGINS=https://a , http://b:1", "ENVIRONMENT=development", "HOST=::1", "PORT=65535",
 			"DB_POOL_SIZE=1", "DB_POOL_TIMEOUT=0m30s"}, set},
+		{[]string{"BETTER_AUTH_SECRET=" + set.secret, "BETTER_AUTH_JWKS_URL=\"https://c\"\n", "BETTER_AUTH_ISSUER= i ", // pasted
+			"BETTER_AUTH_AUDIENCE=' a,b'", "CORS_ORIGINS=\"https://a, http://b:1\"", "ENVIRONMENT=\"development\"", "HOST='::1'",
+			"PORT= 65535\r\n", "DB_POOL_SIZE=1\n", "DB_POOL_TIMEOUT=30s "}, set},
 	} {
-		if got, err := parseConfig(environment(c.variables...)); err != nil || !reflect.DeepEqual(got, c.want) {
+		got, err := parseConfig(environment(c.variables...))
+		if got.database.Host != "localhost" {
+			t.Errorf("%q: the database is %+v", c.variables, got.database)
+		}
+		if got.database = (pq.Config{}); err != nil || !reflect.DeepEqual(got, c.want) {
 			t.Errorf("%q: %+v, %v", c.variables, got, err)
 		}
 	}
-	for _, variable := range []string{"PORT=1", "DB_POOL_TIMEOUT=1ns", "DB_POOL_TIMEOUT=1.5s", "DB_POOL_SIZE=1000",
+	for _, variable := range []string{"PORT=1", "DB_POOL_TIMEOUT=1ns", "DB_POOL_TIMEOUT=1.5s", "DB_POOL_SIZE=1000", "HOST=localhost",
 		"BETTER_AUTH_SECRET=" + strings.Repeat("x", 32), "BETTER_AUTH_JWKS_URL=https://a.example/jwks",
 		"BETTER_AUTH_JWKS_URL=https://10.0.0.1:8443/x?y=z", "BETTER_AUTH_JWKS_URL=http://localhost",
 		"BETTER_AUTH_JWKS_URL=http://localhost:3000/api/auth/jwks", "BETTER_AUTH_JWKS_URL=http://127.0.0.1:3000/",
@@ -60,21 +74,68 @@ func TestValuesAreTakenAsTheyAreAndAnEmptyOneIsUnset(t *testing.T) {
 	}
 }
 
-func TestOnlyDevelopmentRelaxes(t *testing.T) {
+func TestADatabaseURLIsTakenAsItIsPasted(t *testing.T) {
 	t.Parallel()
-	for _, name := range []string{"production", "Development", "DEVELOPMENT", "development ", " development", "dev", "test", "staging", "0",
-		"false"} {
-		_, err := parseConfig(environment("ENVIRONMENT=" + name))
+	for _, value := range []string{"postgresql://u:p@h/d\n", "  postgres://u:p@h/d ", `"postgres://u:p@h/d"`, "'postgres://u:p@h/d'\r\n",
+		` " postgres://u:p@h/d " `, "postgresql+psycopg2://u:p@h/d", "postgresql+psycopg://u:p@h/d", "postgres+asyncpg://u:p@h/d"} {
+		c, err := parseConfig(environment("DATABASE_URL=" + value))
+		if err != nil || c.database.Host != "h" || c.database.Password != "p" || c.database.Database != "d" {
+			t.Errorf("%q: %+v, %v", value, c.database, err)
+		}
+	}
+}
+
+func TestTheDatabaseAndAWayToSignInAreRequiredEverywhere(t *testing.T) {
+	t.Parallel()
+	for _, name := range []string{"", "development", "production", "Development", "dev", "test", "0"} {
+		_, err := parseConfig(bareEnvironment("ENVIRONMENT=" + name))
 		if err == nil || strings.Count(err.Error(), "\n") != 1 || !strings.HasPrefix(err.Error(), "DATABASE_URL ") ||
-			!strings.Contains(err.Error(), "\nBETTER_AUTH_SECRET ") {
+			!strings.Contains(err.Error(), "\nBETTER_AUTH_SECRET ") || strings.Count(err.Error(), "make run") != 2 {
 			t.Errorf("%q: %v", name, err)
 		}
+		development := name == "" || name == "development"
 		for _, auth := range []string{secretVariable, "BETTER_AUTH_JWKS_URL=https://a.example/jwks"} {
-			if c, err := parseConfig(environment("ENVIRONMENT="+name, remoteDatabase, auth)); err != nil || c.development || c.host != "" ||
-				c.database.Host != "db.example.com" {
+			if c, err := parseConfig(bareEnvironment("ENVIRONMENT="+name, remoteDatabase, auth)); err != nil ||
+				c.development != development || (c.host == "") == development || c.database.Host != "db.example.com" {
 				t.Errorf("%q with %s: %+v, %v", name, auth, c, err)
 			}
 		}
+	}
+}
+
+// Not parallel: it changes the environment of the process.
+func TestWhatOnlyLibpqKnowsIsDroppedOrRefused(t *testing.T) {
+	for option, refused := range map[string]string{
+		"gssencmode=disable": "", "gssencmode=prefer": "", "gssencmode=require": "gssencmode", "sslcompression=0": "",
+		"keepalives=1&keepalives_idle=30&keepalives_interval=10&keepalives_count=5&tcp_user_timeout=3000": "", "sslcertmode=allow": "",
+		"sslcertmode=require": "sslcertmode", "requiressl=0": "", "requiressl=1": "", "channel_binding=prefer": "",
+		"channel_binding=disable": "", "require_auth=scram-sha-256": "require_auth", "requirepeer=postgres": "requirepeer",
+		"sslcrl=/x": "sslcrl", "sslcrldir=/x": "sslcrldir", "sslpassword=hidden": "sslpassword", "gsslib=gssapi": "",
+	} {
+		for _, inURL := range []bool{true, false} {
+			url, getenv := "postgres://u@h/d?"+option, func(string) string { return "" }
+			variable := ""
+			if name, value, _ := strings.Cut(option, "="); !inURL && !strings.Contains(option, "&") && name != "requiressl" {
+				variable = "PG" + strings.ToUpper(strings.ReplaceAll(name, "_", ""))
+				t.Setenv(variable, value)
+				url, getenv = "postgres://u@h/d", os.Getenv
+			}
+			c, _, err := parseDatabaseURL(url, getenv)
+			if refused == "" && (err != nil || len(c.Runtime) > 0) || refused != "" && (err == nil || !strings.Contains(err.Error(), refused)) {
+				t.Errorf("%s: %v, %v", option, c.Runtime, err)
+			}
+			if err != nil && strings.Contains(err.Error(), "hidden") {
+				t.Error(err)
+			}
+			_ = os.Unsetenv(variable)
+		}
+	}
+	if c, _, err := parseDatabaseURL("postgres://u@h/d?search_path=x&work_mem=1MB", os.Getenv); err != nil || len(c.Runtime) != 2 {
+		t.Errorf("settings of the server: %v, %v", c.Runtime, err)
+	}
+	t.Setenv("PGCHANNELBINDING", "require")
+	if c, _, err := parseDatabaseURL("postgres://u@h/d", os.Getenv); err != nil || c.SSLMode != "verify-full" {
+		t.Errorf("channel binding: %v, %v", c.SSLMode, err)
 	}
 }
 
@@ -87,11 +148,11 @@ var faulty = map[string][]string{
 	"BETTER_AUTH_JWKS_URL": {"http://a.example/jwks", "http://0.0.0.0/jwks", "http://10.0.0.1/jwks", "http://localhost.example.com/",
 		"http://[2001:db8::1]/", "http://user:s3cr3t@a.example/", "ftp://a.example/s3cr3t", "a.example/jwks", "/jwks", "https://",
 		"https:///jwks", "https://:443/", "https://a b/", "http://%zz/", "https"},
-	"CORS_ORIGINS": {"*", "http://a/", "http://a,", "null", " ", "http://A", "https://user:s3cr3t@a.example",
+	"CORS_ORIGINS": {"*", "http://a/", "http://a,", "null", ",", "http://A", "https://user:s3cr3t@a.example",
 		strings.Repeat("https://a.example/", 20)},
-	"HOST":            {"[::1]", "::1]:8000", "http://a", "a b"},
-	"PORT":            {"0", "65536", "-1", "+1", "http", "8000 ", "80.0", "0x50", "99999999999999999999"},
-	"DB_POOL_SIZE":    {"0", "-1", "x", "1.5", "16 ", "99999999999999999999"},
+	"HOST":            {"[::1]", "::1]:8000", "http://a", "a b", "localhost:8000", "0.0.0.0:80", ":8000"},
+	"PORT":            {"0", "65536", "-1", "+1", "http", "8000 1", "80.0", "0x50", "99999999999999999999"},
+	"DB_POOL_SIZE":    {"0", "-1", "x", "1.5", "1 6", "99999999999999999999"},
 	"DB_POOL_TIMEOUT": {"0", "0s", "-1s", "5", "30.000000001s", "31s", "1h", "x", "5 s", "9999999999h"},
 }
 
@@ -155,7 +216,8 @@ func TestWarnings(t *testing.T) {
 		variables []string
 		want      []string // what each warning names
 	}{
-		{[]string{remoteDatabase, secretVariable}, nil}, {[]string{jwks, "BETTER_AUTH_AUDIENCE=x"}, nil},
+		{[]string{remoteDatabase}, nil}, {[]string{"BETTER_AUTH_SECRET=" + testSecret + "\n"}, []string{"BETTER_AUTH_SECRET"}},
+		{[]string{"BETTER_AUTH_SECRET='" + testSecret + "'"}, []string{"BETTER_AUTH_SECRET"}}, {[]string{jwks, "BETTER_AUTH_AUDIENCE=x"}, nil},
 		{[]string{jwks}, []string{"BETTER_AUTH_AUDIENCE"}}, {[]string{jwks, "BETTER_AUTH_ISSUER=x"}, []string{"BETTER_AUTH_AUDIENCE"}},
 		{[]string{"DATABASE_URL=postgres://u@db.example.com/d?sslmode=require"}, []string{"verif"}},
 		{[]string{"DATABASE_URL=postgres://u@db.example.com/d"}, []string{"verif"}},
@@ -201,15 +263,14 @@ func TestTaskflowTokenPrintsATokenThatTheServiceAccepts(t *testing.T) {
 			}
 			continue
 		}
-		a, user := bySecret(), c.args[len(c.args)-1]
-		a.issuer, a.audience = getenv("BETTER_AUTH_ISSUER"), getenv("BETTER_AUTH_AUDIENCE")
+		a, user := newAuthenticator(testSecret, "", getenv("BETTER_AUTH_ISSUER"), getenv("BETTER_AUTH_AUDIENCE")), c.args[len(c.args)-1]
 		token, ok := strings.CutSuffix(stdout.String(), "\n")
 		a.says(t, tokenGood, user, token)
-		if left := time.Unix(int64(a.verified[token].exp), 0).Sub(start); !ok || err != nil || stderr.Len() > 0 || left < c.lasts ||
+		if left := a.verified[token].expires.Sub(start); !ok || err != nil || stderr.Len() > 0 || left < c.lasts ||
 			left > c.lasts+10*time.Second {
 			t.Errorf("%q with %q: lasts %s, %v\n%s%s", c.args, c.variables, left, err, &stdout, &stderr)
 		}
-		a = &authenticator{secret: a.secret, issuer: "https://a.example", audience: "https://b.example"}
+		a = newAuthenticator(testSecret, "", "https://a.example", "https://b.example")
 		a.says(t, map[bool]string{true: tokenGood, false: tokenInvalid}[getenv("BETTER_AUTH_AUDIENCE") != ""], user, token)
 	}
 	for _, args := range [][]string{{"serve"}, {"Token", "ann"}, {"version", "x"}, {"healthcheck", "x"}, {"-x"}} {
@@ -219,36 +280,4 @@ func TestTaskflowTokenPrintsATokenThatTheServiceAccepts(t *testing.T) {
 			t.Errorf("%q: %v\n%s", args, err, &output)
 		}
 	}
-}
-
-func TestProcessesAtOnceEndWithOneGeneratedSecret(t *testing.T) {
-	t.Parallel()
-	folder := t.TempDir()
-	if err := os.Chmod(filepath.Dir(folder), 0o755); err != nil { // for PostgreSQL's account, when this runs as root
-		t.Fatal(err)
-	}
-	var processes []*process
-	for range 8 {
-		processes = append(processes, start(t, folder, nil, "token", "ann"))
-	}
-	for _, p := range processes {
-		<-p.exited
-	}
-	secret, err := os.ReadFile(filepath.Join(folder, ".taskflow", "secret"))
-	if err != nil || len(secret) < 32 {
-		t.Fatalf("%q, %v", secret, err)
-	}
-	for _, p := range append(processes, start(t, folder, nil, "token", "ann")) {
-		p.exits(t, 0, "ey")
-		(&authenticator{secret: secret}).says(t, tokenGood, "ann", strings.TrimSpace(p.output.String()))
-	}
-	for name, mode := range map[string]os.FileMode{"": 0o700 | os.ModeDir, "secret": 0o600} {
-		if info, err := os.Stat(filepath.Join(folder, ".taskflow", name)); err != nil || info.Mode() != mode {
-			t.Errorf("%q: %v, %v", name, info, err)
-		}
-	}
-	if files, err := os.ReadDir(filepath.Join(folder, ".taskflow")); len(files) != 1 {
-		t.Errorf("%v, %v", files, err)
-	}
-	start(t, folder, []string{"ENVIRONMENT=production", "PORT=x"}).exits(t, 2, "taskflow: PORT ")
 }

@@ -1,25 +1,24 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"net/http"
-	"net/netip"
 	"regexp"
 	"slices"
 	"strings"
 )
 
-// What a page may send and read beyond what the Fetch standard allows by itself.
+// What a page may send and read beyond what the Fetch standard allows; the last four request headers are those of tracing.
 const (
 	corsMethods = "GET, POST, PATCH, DELETE"
-	corsHeaders = "Authorization, Content-Type, If-Match, If-None-Match, Idempotency-Key, X-Request-ID"
+	corsHeaders = "Authorization, Content-Type, If-Match, If-None-Match, Idempotency-Key, X-Request-ID, " +
+		"traceparent, tracestate, baggage, sentry-trace"
 	corsExposed = "ETag, Link, Location, Retry-After, X-Request-ID"
-	corsMaxAge  = "7200" // seconds; Chromium keeps it no longer
 )
 
-// cors lets pages of the given origins call next (Fetch standard, section 3.2 "CORS protocol"). It
-// sets its headers before anything can fail, so that a page can read errors too, and answers
-// preflights itself: they come without a token.
+// cors lets pages of the given origins call next (Fetch standard, section 3.2 "CORS protocol"). It sets its headers before
+// anything can fail, so that a page can read errors too, and answers preflights itself: they come without a token.
 func cors(origins []string, next handler) handler {
 	return func(w *response, r *http.Request) error {
 		h := w.Header()
@@ -34,7 +33,7 @@ func cors(origins []string, next handler) handler {
 			if allowed {
 				h.Set("Access-Control-Allow-Methods", corsMethods)
 				h.Set("Access-Control-Allow-Headers", corsHeaders)
-				h.Set("Access-Control-Max-Age", corsMaxAge)
+				h.Set("Access-Control-Max-Age", "7200") // seconds; Chromium keeps it no longer
 			}
 			w.WriteHeader(http.StatusNoContent)
 			return nil
@@ -46,44 +45,24 @@ func cors(origins []string, next handler) handler {
 	}
 }
 
-// parseOrigins reads a comma-separated list of origins, each just as a browser serialises it (HTML
-// standard, "ASCII serialisation of an origin").
+// originPattern has the scheme and the port of an origin. A browser writes other letters of a host as xn--….
+var originPattern = regexp.MustCompile(`^(https?)://(?:[a-z0-9_-]+(?:\.[a-z0-9_-]+)*\.?|\[[0-9a-f:]+\])(?::([1-9][0-9]{0,4}))?$`)
+
+// parseOrigins reads a comma-separated list of origins, each just as a browser serialises it (HTML standard, "ASCII
+// serialisation of an origin").
 func parseOrigins(list string) ([]string, error) {
 	origins := strings.Split(list, ",")
-	for i := range origins {
-		origins[i] = strings.Trim(origins[i], " \t")
-		if fault := originFault(origins[i]); fault != "" {
-			return nil, fmt.Errorf("number %d is not an origin like https://app.example.com: %s", i+1, fault)
+	for i, origin := range origins {
+		origin = strings.Trim(origin, " \t")
+		origins[i] = origin
+		parts := originPattern.FindStringSubmatch(origin)
+		switch {
+		case strings.Contains(origin, "*"):
+			return nil, errors.New("must list the origins: a wildcard would let every page act for the user")
+		case parts == nil, len(parts[2]) == 5 && parts[2] > "65535", slices.Contains([]string{"http80", "https443"}, parts[1]+parts[2]):
+			return nil, fmt.Errorf("must list origins like https://app.example.com; number %d is none: there must be http:// or https://, "+
+				"a host in lower case (in its ASCII form, xn--…), perhaps a port other than the scheme's own, and nothing else", i+1)
 		}
 	}
 	return origins, nil
-}
-
-// anOrigin has the scheme, the host and the port of an origin. A browser writes other letters as xn--….
-var anOrigin = regexp.MustCompile(`^(https?)://([a-z0-9_-]+(?:\.[a-z0-9_-]+)*\.?|\[[0-9a-f:]+\])(:[1-9][0-9]{0,4})?$`)
-
-// originFault says what keeps a text from being an origin, "" for nothing.
-func originFault(origin string) string {
-	parts := anOrigin.FindStringSubmatch(origin)
-	switch {
-	case origin == "":
-		return "it is empty (is there a comma too many?)"
-	case strings.Contains(origin, "*"):
-		return "wildcards would let every page act for the user; list the origins"
-	case parts == nil:
-		return "there must be http:// or https://, a host in lower case (in its ASCII form, xn--…), perhaps a port, and no / at the end"
-	case parts[3] == map[string]string{"http": ":80", "https": ":443"}[parts[1]]:
-		return "browsers leave out the port that is the scheme's default"
-	case len(parts[3]) == len(":65535") && parts[3] > ":65535":
-		return "there is no such port"
-	}
-	host := parts[2]
-	last := host[strings.LastIndex(strings.TrimSuffix(host, "."), ".")+1:]
-	addr, err := netip.ParseAddr(strings.Trim(host, "[]"))
-	if strings.HasPrefix(host, "[") && (err != nil || "["+addr.String()+"]" != host) {
-		return "the IPv6 address must be in its shortest form"
-	} else if strings.Trim(last, "0123456789.") == "" && err != nil { // URL standard, "ends in a number checker"
-		return "a host that ends in a number must be an IPv4 address with four parts"
-	}
-	return ""
 }

@@ -11,7 +11,6 @@ import (
 	"crypto/x509"
 	"encoding/base64"
 	"encoding/pem"
-	"errors"
 	"fmt"
 	"io"
 	"math/big"
@@ -121,9 +120,8 @@ func answers(delay time.Duration, status int, body string) answer {
 
 // withEndpoint judges by the secret and by the keys of an endpoint.
 func withEndpoint(first answer) (*authenticator, *endpoint) {
-	e, a := &endpoint{}, bySecret()
+	e, a := &endpoint{}, newAuthenticator(testSecret, "https://auth.example.com/api/auth/jwks", "", "")
 	e.answer.Store(first)
-	a.jwks = newJWKS("https://auth.example.com/api/auth/jwks")
 	a.jwks.client.Transport = e
 	return a, e
 }
@@ -152,8 +150,8 @@ func TestEveryAlgorithmOfBetterAuthWorksEndToEnd(t *testing.T) {
 		}
 		_, _ = io.WriteString(w, set)
 	}))
-	s := newService(t)
-	s.auth.jwks, s.auth.audience, s.auth.issuer = newJWKS(better.URL+"/api/auth/jwks"), better.URL, better.URL
+	s := newServiceOf(t, newAuthenticator("", better.URL+"/api/auth/jwks", better.URL, better.URL), newStore(newDatabase(t), 2, time.Second))
+	s.store.applied.Store(true)
 	claims := fmt.Sprintf(`{"iat":1,"name":"Ann","email":"a@example.com","emailVerified":true,"image":null,"id":"ann",`+
 		`"sub":"ann","exp":4102444800,"iss":%q,"aud":%[1]q}`, better.URL)
 	ask := func(name, alg, kid string, status int, body string) {
@@ -166,7 +164,7 @@ func TestEveryAlgorithmOfBetterAuthWorksEndToEnd(t *testing.T) {
 			ask(name+"2", alg, name+alg, 401, `{"detail":"Invalid token"}`)
 		}
 	}
-	s.auth.jwks.last = nil // as if five seconds had passed
+	s.auth.jwks.fetched = time.Time{} // as if five seconds had passed
 	ask("ed", "EdDSA", "unknown", 503, `{"detail":"Service temporarily unavailable"}`)
 	if better.Close(); fetches != 2 { // net/http's own repetition would be a third
 		t.Errorf("%d requests for two fetches", fetches)
@@ -207,7 +205,9 @@ func TestAKeyVerifiesOnlyItsOwnAlgorithm(t *testing.T) {
 			block := string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}))
 			for _, secret := range []string{block, strings.TrimSpace(block), string(der), string(der[12:]), keyJSON(name, name, ""),
 				keySet(keys...), name, ""} {
-				for _, a := range []*authenticator{a, {jwks: a.jwks}, {secret: a.secret}} {
+				byKeys := newAuthenticator("", a.jwks.url, "", "")
+				byKeys.jwks = a.jwks
+				for _, a := range []*authenticator{a, byKeys, bySecret()} {
 					for _, alg := range []string{"HS256", alg} {
 						a.says(t, tokenInvalid, "ann",
 							signed(t, jwt.SigningMethodHS256, []byte(secret), fmt.Sprintf(`{"alg":%q,"kid":%q}`, alg, name), claimsOfAnn))
@@ -234,10 +234,12 @@ func TestTheKeyIsTheOneThatKidNames(t *testing.T) {
 		a, _ := withEndpoint(answers(0, 200, set))
 		for want, headers := range map[string][]string{
 			tokenGood: {`"kid":"one"`, `"kid":"\u006fne"`, `"kid":"all"`, `"kid":"ключ"`,
-				`"kid":"one","typ":"JWT","typ":1,"jku":"https://evil.example.com"`},
+				`"kid":"one","typ":"JWT","typ":1,"jku":"https://evil.example.com"`,
+				`"kid":"two","kid":"one"`}, // golang-jwt's parser takes the last
+
 			tokenInvalid: {`"kid":"two"`, `"kid":"One"`, `"kid":"one "`, `"kid":""`, `"kid":null`, `"kid":1`, `"kid":["one"]`,
 				`"kid":"\ud800"`, `"KID":"one"`, `"x":"one"`,
-				`"kid":"one","kid":"one"`, `"kid":"two","kid":"one"`, `"kid":"one","crit":["exp"]`, `"kid":"one","alg":"EdDSA"`},
+				`"kid":"one","kid":"two"`, `"kid":"one","crit":["exp"]`, `"kid":"one","alg":"ES256"`},
 		} {
 			for _, header := range headers {
 				a.says(t, want, "ann", signed(t, jwt.SigningMethodEdDSA, keyPairs()["ed"], `{"alg":"EdDSA",`+header+`}`, claimsOfAnn))
@@ -280,8 +282,8 @@ func TestKeysThatCannotBeUsedArePassedOver(t *testing.T) {
 		// which is not what stands before the !
 	}
 	for _, text := range useless {
-		if key, err := parseJWK([]byte(text)); err == nil {
-			t.Errorf("taken: %s as %T for %v", text, key.public, key.algorithms)
+		if set := (jwkSet{}); len(set) > 0 || func() error { _, err := set.add([]byte(text)); return err }() == nil {
+			t.Errorf("taken: %s as %v", text, set)
 		}
 	}
 	synctest.Test(t, func(t *testing.T) {
@@ -421,31 +423,15 @@ func TestAStormOfUnknownKidsHoldsNobodyUp(t *testing.T) {
 		}
 		for ; time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
 			start := time.Now()
-			(&authenticator{jwks: a.jwks}).saysBy(t, tokenGood, "ed")
+			another := newAuthenticator("", a.jwks.url, "", "") // which remembers no tokens
+			another.jwks = a.jwks
+			another.saysBy(t, tokenGood, "ed")
 			if time.Since(start) != 0 {
 				t.Errorf("a known key waited for %s", time.Since(start))
 			}
 		}
 		time.Sleep(5 * time.Second)
 		e.fetched(t, 0, 5, 10, 15)
-	})
-}
-
-func TestARequestThatEndsDoesNotEndTheFetchThatOthersWaitFor(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		a, e := withEndpoint(answers(2*time.Second, 200, keySet("ed")))
-		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-		defer cancel()
-		start := time.Now()
-		if _, err := a.subject(ctx, tokenBy(t, "ed", "EdDSA", "EdDSA", "ed")); !errors.Is(err, errJWKSDown) ||
-			time.Since(start) != time.Second {
-			t.Errorf("%v after %s", err, time.Since(start))
-		}
-		if a.saysBy(t, tokenGood, "ed"); time.Since(start) != 2*time.Second {
-			t.Errorf("answered after %s", time.Since(start))
-		}
-		e.fetched(t, 0)
 	})
 }
 
@@ -457,18 +443,20 @@ func FuzzJWK(f *testing.F) {
 	}
 	f.Add(`{"kty":"RSA","n":"` + strings.Repeat("A", 400) + `","e":"AQAB","kid":"x"}`)
 	f.Fuzz(func(t *testing.T, text string) {
-		key, err := parseJWK([]byte(text))
-		if err != nil {
-			return
+		set := jwkSet{}
+		kid, err := set.add([]byte(text))
+		if err != nil && len(set) > 0 || err == nil && (kid == "" || len(set) == 0) {
+			t.Fatalf("%s: %v, %v", text, set, err)
 		}
 		types := map[string]string{"EdDSA": "ed25519.PublicKey", "ES256": "*ecdsa.PublicKey", "ES512": "*ecdsa.PublicKey",
 			"RS256": "*rsa.PublicKey", "PS256": "*rsa.PublicKey"}
-		for _, alg := range key.algorithms {
-			if types[alg] != fmt.Sprintf("%T", key.public) || key.kid == "" {
-				t.Errorf("%s: %s with a %T", text, alg, key.public)
+		for name, keys := range set {
+			alg := name[strings.LastIndexByte(name, ' ')+1:]
+			if types[alg] != fmt.Sprintf("%T", keys[0]) || name != kid+" "+alg {
+				t.Errorf("%s: %s with a %T", text, name, keys[0])
 			}
 			for _, length := range []int{0, 64, 132, 256} {
-				_ = jwt.GetSigningMethod(alg).Verify("x.y", make([]byte, length), key.public)
+				_ = jwt.GetSigningMethod(alg).Verify("x.y", make([]byte, length), keys[0])
 			}
 		}
 	})

@@ -1,179 +1,56 @@
 package main
 
 import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
-	"math"
+	"io"
+	"mime"
 	"net/http"
 	"net/url"
-	"slices"
-	"strconv"
+	"os"
+	"regexp"
 	"strings"
 	"time"
+	"unicode/utf8"
 )
 
-const maxTitle = 200 // code points
-
-// A task. Its times are as PostgreSQL prints them in UTC, like 2026-11-23 04:05:06.7+00.
-type task struct {
-	id                   int64
-	userID               string
-	title                string
-	description          string
-	hasDescription       bool // else it is null
-	isCompleted          bool
-	createdAt, updatedAt string
-}
-
-// appendJSON appends the task as JSON.
-func (t *task) appendJSON(b []byte) []byte {
-	b = strconv.AppendInt(append(b, `{"id":`...), t.id, 10)
-	b = appendJSONString(append(b, `,"user_id":`...), t.userID)
-	b = appendJSONString(append(b, `,"title":`...), t.title)
-	b = append(b, `,"description":`...)
-	if t.hasDescription {
-		b = appendJSONString(b, t.description)
-	} else {
-		b = append(b, `null`...)
-	}
-	b = strconv.AppendBool(append(b, `,"is_completed":`...), t.isCompleted)
-	b = appendRFC3339(append(b, `,"created_at":"`...), t.createdAt)
-	b = appendRFC3339(append(b, `","updated_at":"`...), t.updatedAt)
-	return append(b, `"}`...)
-}
-
-// appendRFC3339 appends a time of PostgreSQL's in the form of RFC 3339, with six decimals.
-func appendRFC3339(b []byte, text string) []byte {
-	const decimals = ".000000"
-	text, utc := strings.CutSuffix(text, "+00")
-	if !utc || len(text) < 19 {
-		return append(b, text...) // infinity
-	}
-	day := strings.IndexByte(text, ' ')
-	b = append(append(append(b, text[:day]...), 'T'), text[day+1:]...)
-	return append(append(b, decimals[len(text)-day-len(" 04:05:06"):]...), 'Z')
-}
-
-// etag returns the task's entity tag (RFC 9110 section 8.8.3). updated_at moves with every change, so
-// it is a strong one.
-func (t *task) etag() string {
-	return string(append(appendRFC3339([]byte(`"`), t.updatedAt), '"'))
-}
-
-// write answers with the task.
-func (t *task) write(w *response, status int) error {
-	w.Header()["Etag"] = []string{t.etag()}
-	return w.json(status, t.appendJSON(make([]byte, 0, 512)))
-}
-
-// A taskInput is the body of a POST or PATCH: what is nil is not there, except description, which
-// hasDescription tells.
-type taskInput struct {
-	title          *string
-	description    *string
-	hasDescription bool
-	isCompleted    *bool
-}
-
-// taskInput reads the members that a POST (create) or PATCH knows from the body, in field order.
-func (v *validation) taskInput(body jsonValue, create bool) (in taskInput) {
-	if string(body.raw) == "null" || body.raw == nil {
-		v.add("missing", "Field required", []byte("null"), nil, "body")
-		return in
-	}
-	if !body.isObject() {
-		v.add("model_attributes_type", "Input should be a valid dictionary or object to extract fields from", body.raw, nil, "body")
-		return in
-	}
-	if raw := body.members["title"].raw; raw != nil {
-		in.title = v.text(raw, "title", 1, maxTitle)
-	} else if create {
-		v.add("missing", "Field required", body.raw, nil, "body", "title")
-	}
-	if raw := body.members["description"].raw; raw != nil {
-		in.hasDescription = true
-		if string(raw) != "null" {
-			in.description = v.text(raw, "description", 0, math.MaxInt)
-		}
-	}
-	if raw := body.members["is_completed"].raw; raw != nil && !create {
-		value := string(raw) == "true"
-		if in.isCompleted = &value; !value && string(raw) != "false" {
-			v.add("bool_type", "Input should be a valid boolean", raw, nil, "body", "is_completed")
-		}
-	}
-	return in
-}
-
-// text reads a string of lower to upper code points from the body.
-func (v *validation) text(raw []byte, name string, lower, upper int) *string {
-	if raw[0] != '"' {
-		v.add("string_type", "Input should be a valid string", raw, nil, "body", name)
-		return nil
-	}
-	text, storable := jsonText(raw)
-	if !storable {
-		v.unstorable(raw, "body", name)
-	} else {
-		v.length(text, lower, upper, raw, "body", name)
-	}
-	return &text
-}
-
-// idempotencyKey reads the header of that name, "" when there is none.
-func (v *validation) idempotencyKey(r *http.Request) string {
-	lines, ok := r.Header["Idempotency-Key"]
-	if !ok {
-		return ""
-	}
-	key := strings.Join(lines, ", ") // of two lines: not visible
-	visible := strings.IndexFunc(key, func(c rune) bool { return c <= ' ' || c > '~' }) < 0
-	if !visible || len(key) < 1 || len(key) > 255 {
-		const pattern = "^[!-~]{1,255}$"
-		ctx := map[string]any{"pattern": pattern}
-		v.add("string_pattern_mismatch", "String should match pattern '"+pattern+"'", quote(key), ctx, "header", "Idempotency-Key")
-	}
-	return key
-}
+const (
+	maxBody  = 1 << 20
+	maxTitle = 200 // code points
+)
 
 func (s *server) createTask(w *response, r *http.Request, user string) error {
 	body, err := readBody(w, r)
 	if err != nil {
 		return err
 	}
-	var v validation
-	key := v.idempotencyKey(r)
-	in := v.taskInput(body, true)
-	if v != nil {
-		return v
+	var f faults
+	key := f.idempotencyKey(r)
+	in := f.changes(body, true)
+	if f != nil {
+		return f.err()
 	}
-	t, err := s.tasks().createTask(r.Context(), user, key, in)
+	t, err := s.store.createTask(r.Context(), user, key, in)
 	if err == errNotFound { // none that was made of this body
-		v.valueError("this key was used with another title or description", quote(key), "header", "Idempotency-Key")
-		return v
+		f.addValueError("this key was used with another title or description", quote(key), "header", "Idempotency-Key")
+		return f.err()
 	}
-	if err != nil {
-		return err
+	if err == nil {
+		w.Header().Set("Location", fmt.Sprintf("/api/%s/tasks/%d", url.PathEscape(user), t.id))
 	}
-	w.Header().Set("Location", fmt.Sprintf("/api/%s/tasks/%d", url.PathEscape(user), t.id))
-	return t.write(w, http.StatusCreated)
+	return writeTask(w, r, http.StatusCreated, t, err)
 }
 
-func (s *server) task(w *response, r *http.Request, user string) error {
-	var v validation
-	id, _ := v.integer(r.PathValue("task_id"), "path", "task_id")
-	if v != nil {
-		return v
+func (s *server) readTask(w *response, r *http.Request, user string) error {
+	id, f := taskID(r)
+	if f != nil {
+		return f.err()
 	}
-	t, err := s.tasks().task(r.Context(), user, id)
-	if err != nil {
-		return err
-	}
-	if etag := t.etag(); parsePrecondition(r.Header["If-None-Match"]).weakly(etag) {
-		w.Header()["Etag"] = []string{etag}
-		w.WriteHeader(http.StatusNotModified)
-		return nil
-	}
-	return t.write(w, http.StatusOK)
+	t, err := s.store.readTask(r.Context(), user, id)
+	return writeTask(w, r, http.StatusOK, t, err)
 }
 
 func (s *server) updateTask(w *response, r *http.Request, user string) error {
@@ -181,71 +58,156 @@ func (s *server) updateTask(w *response, r *http.Request, user string) error {
 	if err != nil {
 		return err
 	}
-	var v validation
-	id, _ := v.integer(r.PathValue("task_id"), "path", "task_id")
-	in := v.taskInput(body, false)
-	if v != nil {
-		return v
+	id, f := taskID(r)
+	in := f.changes(body, false)
+	if f != nil {
+		return f.err()
 	}
-	t, err := s.tasks().updateTask(r.Context(), user, id, parsePrecondition(r.Header["If-Match"]), in)
-	if err != nil {
-		return err
-	}
-	return t.write(w, http.StatusOK)
+	t, err := s.store.updateTask(r.Context(), user, id, parsePrecondition(r.Header["If-Match"]), in)
+	return writeTask(w, r, http.StatusOK, t, err)
 }
 
 func (s *server) deleteTask(w *response, r *http.Request, user string) error {
-	var v validation
-	id, _ := v.integer(r.PathValue("task_id"), "path", "task_id")
-	if v != nil {
-		return v
+	id, f := taskID(r)
+	if f != nil {
+		return f.err()
 	}
-	if err := s.tasks().deleteTask(r.Context(), user, id, parsePrecondition(r.Header["If-Match"])); err != nil {
+	err := s.store.deleteTask(r.Context(), user, id, parsePrecondition(r.Header["If-Match"]))
+	if err == nil {
+		w.WriteHeader(http.StatusNoContent)
+	}
+	return err
+}
+
+func taskID(r *http.Request) (id int64, f faults) {
+	id, _ = f.integer(r.PathValue("task_id"), "path", "task_id")
+	return id, f
+}
+
+// writeTask answers with the task, unless err says that there is none.
+func writeTask(w *response, r *http.Request, status int, t task, err error) error {
+	if err != nil || w.unchanged(r, t.etag()) {
 		return err
 	}
-	w.WriteHeader(http.StatusNoContent)
-	return nil
+	return w.json(status, t.appendJSON(make([]byte, 0, 512)))
 }
 
-// A precondition has what If-Match or If-None-Match lists (RFC 9110 section 13.1), nil without the header.
-// It is cut at each comma, of which a task's entity tag has none: what is malformed matches nothing.
-type precondition []string
+var keyPattern = regexp.MustCompile("^[!-~]{1,255}$")
 
-func parsePrecondition(lines []string) (p precondition) {
-	for _, line := range lines {
-		for tag := range strings.SplitSeq(line, ",") {
-			p = append(p, strings.Trim(tag, " \t"))
+// idempotencyKey reads the header of that name, "" when there is none.
+func (f *faults) idempotencyKey(r *http.Request) string {
+	lines, ok := r.Header["Idempotency-Key"]
+	key := strings.Join(lines, ", ") // of two lines: no key
+	if pattern := keyPattern.String(); ok && !keyPattern.MatchString(key) {
+		ctx := map[string]any{"pattern": pattern}
+		f.add("string_pattern_mismatch", "String should match pattern '"+pattern+"'", quote(key), ctx, "header", "Idempotency-Key")
+	}
+	return key
+}
+
+// changes reads the members that a POST (create) or a PATCH knows from the body, in field order.
+func (f *faults) changes(b body, create bool) (c changes) {
+	switch {
+	case len(b.raw) == 0 || string(b.raw) == "null":
+		f.add("missing", "Field required", []byte("null"), nil, "body")
+		return c
+	case b.members == nil:
+		f.add("model_attributes_type", "Input should be a valid dictionary or object to extract fields from", b.raw, nil, "body")
+		return c
+	}
+	if raw := b.members["title"]; raw != nil {
+		c.title = f.text(raw, "title", 1, maxTitle)
+	} else if create {
+		f.add("missing", "Field required", b.raw, nil, "body", "title")
+	}
+	if raw := b.members["description"]; raw != nil {
+		c.describes = true
+		if string(raw) != "null" {
+			c.description = f.text(raw, "description", 0, maxBody)
 		}
 	}
-	return p
+	if raw := b.members["is_completed"]; raw != nil && !create {
+		if c.isCompleted = new(string(raw) == "true"); !*c.isCompleted && string(raw) != "false" {
+			f.add("bool_type", "Input should be a valid boolean", raw, nil, "body", "is_completed")
+		}
+	}
+	return c
 }
 
-func (p precondition) matchesAny() bool { return len(p) == 1 && p[0] == "*" }
+// pairedEscape matches every escape but that of a surrogate without the other.
+var pairedEscape = regexp.MustCompile(`(?i)\\(?:[^u]|u(?:d[89ab]..\\ud[c-f]|d[0-7]|[^d]))`)
 
-// weakly compares as If-None-Match does, where W/ makes no difference.
-func (p precondition) weakly(etag string) bool {
-	return p.matchesAny() || slices.ContainsFunc(p, func(tag string) bool { return strings.TrimPrefix(tag, "W/") == etag })
-}
-
-// times returns the values of updated_at that If-Match allows, as a PostgreSQL array, or nil when it
-// allows all. A weak tag never matches strongly, nor does one that is not a task's.
-func (p precondition) times() *string {
-	if p == nil || p.matchesAny() {
+// text reads a string of lower to upper code points from the body.
+func (f *faults) text(raw []byte, name string, lower, upper int) *string {
+	if raw[0] != '"' {
+		f.add("string_type", "Input should be a valid string", raw, nil, "body", name)
 		return nil
 	}
-	var times []string
-	for _, tag := range p {
-		if text := strings.Trim(tag, `"`); isRFC3339(text) && tag == `"`+text+`"` {
-			times = append(times, text)
-		}
+	text, lone := string(raw[1:len(raw)-1]), false
+	if strings.Contains(text, `\`) {
+		lone = bytes.IndexByte(pairedEscape.ReplaceAll(raw, nil), '\\') >= 0
+		_ = json.Unmarshal(raw, &text) // which puts U+FFFD for a lone surrogate
 	}
-	list := "{" + strings.Join(times, ",") + "}"
-	return &list
+	f.checkText(text, !lone, lower, upper, raw, "body", name)
+	return &text
 }
 
-// isRFC3339 reports whether text is a time just as appendRFC3339 writes it.
-func isRFC3339(text string) bool {
-	const layout = "2006-01-02T15:04:05.000000Z"
-	t, err := time.Parse(layout, text)
-	return err == nil && t.Format(layout) == text && t.Year() > 0
+// A body is the JSON text of a request without white space around it, empty when there was none, and the members of
+// the object that it is, by their exact names; nil when it is no object.
+type body struct {
+	raw     []byte
+	members map[string]json.RawMessage
+}
+
+// readBody reads the body of a POST or PATCH.
+func readBody(w *response, r *http.Request) (b body, err error) {
+	if r.ContentLength > maxBody {
+		return b, errBodyTooLarge
+	}
+	text, err := io.ReadAll(io.LimitReader(r.Body, maxBody+1))
+	switch {
+	case len(text) > maxBody:
+		return b, errBodyTooLarge
+	case context.Cause(r.Context()) == errStopping: // net/http itself cancels the context when a read fails
+		return b, fmt.Errorf("reading the body: %w", errStopping)
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return b, errBodySlow
+	case err != nil:
+		return b, errBodyBroken
+	}
+	_ = w.control.SetReadDeadline(time.Time{})
+	if lines, ok := r.Header["Content-Type"]; ok {
+		media, _, err := mime.ParseMediaType(strings.Join(lines, ", ")) // of two lines: malformed
+		if err != nil || media != "application/json" && !(strings.Contains(media, "/") && strings.HasSuffix(media, "+json")) {
+			return b, errMediaType
+		}
+	}
+	if len(text) > 0 {
+		err = b.parse(text)
+	}
+	return b, err
+}
+
+// parse reads text. It fails if that is not exactly one JSON text (RFC 8259) in UTF-8.
+func (b *body) parse(text []byte) error {
+	b.raw = bytes.Trim(text, " \t\r\n")
+	err := json.Unmarshal(text, &b.members) // any other error than of syntax says that it is no object
+	syntax, _ := errors.AsType[*json.SyntaxError](err)
+	offset, reason := 0, "invalid UTF-8"
+	switch {
+	case syntax != nil:
+		offset, reason = int(syntax.Offset)-1, err.Error() // Offset counts the offending byte
+		if strings.HasPrefix(reason, "unexpected end") {
+			offset = len(text)
+		}
+	case utf8.Valid(text):
+		return nil
+	default: // encoding/json would repair it without a word
+		for r, n := utf8.DecodeRune(text); r != utf8.RuneError || n > 1; r, n = utf8.DecodeRune(text[offset:]) {
+			offset += n
+		}
+	}
+	var f faults
+	f.add("json_invalid", "JSON decode error", []byte("{}"), map[string]any{"error": reason}, "body", offset)
+	return f.err()
 }

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"database/sql"
+	"database/sql/driver"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -15,6 +16,7 @@ import (
 	"net/http/httptest"
 	"net/url"
 	"os"
+	"os/exec"
 	"reflect"
 	"regexp"
 	"slices"
@@ -23,6 +25,7 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/lib/pq"
 )
@@ -33,7 +36,7 @@ import (
 const testSecret = "a secret of the tests, 32 bytes or more"
 
 var cluster struct {
-	*devDB
+	config    pq.Config
 	databases atomic.Int64
 }
 
@@ -47,52 +50,58 @@ func TestMain(m *testing.M) {
 }
 
 func withCluster(run func() int) (code int, err error) {
-	folder, err := temporaryFolder()
+	folder, err := os.MkdirTemp("", "taskflow-test")
 	if err != nil {
 		return 1, err
 	}
-	defer os.RemoveAll(folder.path)
-	ctx := context.Background()
-	cluster.devDB, err = startDevDB(ctx, folder, slog.New(slog.DiscardHandler), func(error) {},
-		"fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=500", "max_prepared_transactions=5")
-	if err != nil {
+	var stop func()
+	if cluster.config, stop, err = startPostgres(folder, "fsync=off", "synchronous_commit=off", "full_page_writes=off",
+		"max_connections=500", "max_prepared_transactions=5"); err != nil {
 		return 1, err
 	}
-	defer func() {
-		if stopErr := cluster.stop(); err == nil {
-			err = stopErr
-		}
-	}()
+	defer stop()
 	if err := administer(`CREATE DATABASE template_tasks`); err != nil {
 		return 1, err
 	}
-	s := newStore(clusterConfig("template_tasks"), 1, 30*time.Second)
+	ctx, s := context.Background(), newStore(clusterConfig("template_tasks"), 1, 30*time.Second)
 	if file := os.Getenv("TASKFLOW_TEST_TABLE"); file != "" { // that the service is to find, like faults/partitions.sql
 		text, err := os.ReadFile(file)
-		if err := errors.Join(err, perform(ctx, s.probe, string(text), nil, discard)); err != nil {
+		if err := errors.Join(err, exchange(ctx, s.probe, string(text), nil, func([]driver.Value) {})); err != nil {
 			return 1, err
 		}
 	}
-	if err := s.applySchema(ctx); err != nil {
-		return 1, err
-	}
-	if err := s.close(); err != nil {
+	if err := errors.Join(s.applySchema(ctx), s.close()); err != nil {
 		return 1, err
 	}
 	return run(), nil
 }
 
-// temporaryFolder is a devFolder that PostgreSQL's account can reach, outside the working directory.
-func temporaryFolder() (f devFolder, err error) {
-	if f.path, err = os.MkdirTemp("", "taskflow-test"); err != nil {
-		return f, err
+func (s *store) close() error { return errors.Join(s.db.Close(), s.probe.Close()) }
+
+// startPostgres has dev/postgres run a PostgreSQL in a folder, which goes away with it: by stop, or when this process ends.
+func startPostgres(folder string, settings ...string) (cfg pq.Config, stop func(), err error) {
+	command := exec.Command("dev/postgres", append([]string{"-t", folder}, settings...)...)
+	var complaints strings.Builder
+	command.Stderr = &complaints
+	held, err := command.StdinPipe()
+	if err != nil {
+		return cfg, nil, err
 	}
-	if os.Getuid() == 0 {
-		if f.account, err = unprivileged(f.path); err != nil {
-			return f, err
-		}
+	out, err := command.StdoutPipe()
+	if err != nil {
+		return cfg, nil, err
 	}
-	return f, f.prepare()
+	if err := command.Start(); err != nil {
+		return cfg, nil, err
+	}
+	socket, err := bufio.NewReader(out).ReadString('\n')
+	stop = func() { _, _ = held.Close(), command.Wait() }
+	if err != nil {
+		stop()
+		return cfg, nil, fmt.Errorf("dev/postgres: %w: %s", err, &complaints)
+	}
+	return pq.Config{Host: strings.TrimSpace(socket), Port: 5432, User: "taskflow", Database: "postgres", SSLMode: pq.SSLModeDisable,
+		ApplicationName: "taskflow", ClientEncoding: "UTF8", Datestyle: "ISO, MDY", BinaryParameters: true}, stop, nil
 }
 
 func clusterConfig(database string) pq.Config {
@@ -136,31 +145,34 @@ type service struct {
 // newService starts a service on a database of its own.
 func newService(t testing.TB) *service {
 	t.Helper()
-	return newServiceWith(t, newDatabase(t), 8)
+	return newServiceWithin(t, newDatabase(t), 8, 10*time.Second)
 }
 
-// newServiceWith starts a service on a database, with a pool of a size.
-func newServiceWith(t testing.TB, cfg pq.Config, size int) *service {
+// newServiceWithin starts a service on a database that has the schema, with a pool of size connections and a time limit.
+func newServiceWithin(t testing.TB, cfg pq.Config, size int, limit time.Duration) *service {
 	t.Helper()
-	s := newServiceOn(t, &authenticator{secret: []byte(testSecret)})
-	st := newStore(cfg, size, 10*time.Second)
-	t.Cleanup(func() { _ = st.close() })
-	s.store.Store(st)
+	s := newServiceOf(t, newAuthenticator(testSecret, "", "", ""), newStore(cfg, size, limit))
+	s.store.applied.Store(true)
 	return s
 }
 
-// newServiceOn starts a service without a database that judges tokens with auth.
+// newServiceOn starts a service that judges tokens with auth and has not reached its database.
 func newServiceOn(t testing.TB, auth *authenticator) *service {
 	t.Helper()
+	return newServiceOf(t, auth, newStore(pq.Config{}, 1, time.Second))
+}
+
+func newServiceOf(t testing.TB, auth *authenticator, st *store) *service {
 	logs := &logRecorder{}
-	s := &service{&server{auth: auth, origins: []string{"http://localhost:3000", "https://app.example.com"}, log: slog.New(logs)}, "", logs}
+	s := &service{server: &server{auth: auth, store: st, users: userLimit{limit: maxRequests, timeout: st.timeout, users: map[string]*userTurns{}},
+		origins: []string{"http://localhost:3000", "https://app.example.com"}, log: slog.New(logs)}, logs: logs}
 	ts := httptest.NewUnstartedServer(asDescribed(t, s.handler()))
-	ts.Listener = patientListener{ts.Listener, writeTimeout}
 	ts.Config.DisableGeneralOptionsHandler = true
 	ts.Start()
 	s.url = ts.URL
 	t.Cleanup(func() {
 		ts.Close()
+		_ = st.close()
 		for _, line := range logs.at(slog.LevelError) {
 			t.Errorf("unexpected error in the log: %s", line)
 		}
@@ -212,7 +224,7 @@ func (l *logRecorder) at(level slog.Level) (taken []string) {
 // tokenFor makes a valid token for a user.
 func tokenFor(t testing.TB, user string) string {
 	t.Helper()
-	return (&authenticator{secret: []byte(testSecret)}).developmentToken(user, time.Hour)
+	return newAuthenticator(testSecret, "", "", "").developmentToken(user, time.Hour)
 }
 
 // A reply is a response that has been read.
@@ -245,7 +257,7 @@ func (s *service) as(t testing.TB, user, method, path, body string, headers ...s
 		r.ContentLength = -1 // unknown: net/http sends chunks
 	}
 	got := send(t, r)
-	for name, want := range map[string]string{"Cache-Control": "^private, no-cache$", "X-Content-Type-Options": "^nosniff$",
+	for name, want := range map[string]string{"Cache-Control": "^private, no-cache, no-transform$", "X-Content-Type-Options": "^nosniff$",
 		"Vary": "^Origin$", "X-Request-Id": "^[A-Za-z0-9._-]{1,128}$"} {
 		if lines := got.header[name]; len(lines) != 1 || !regexp.MustCompile(want).MatchString(lines[0]) {
 			t.Errorf("%s %s: %s is %q", method, path, name, lines)
@@ -393,7 +405,7 @@ func (s *service) raw(t testing.TB, head string) *http.Response {
 // exec runs a statement in the service's database, beside the service.
 func (s *service) exec(t testing.TB, statement string, args ...any) {
 	t.Helper()
-	if _, err := s.tasks().probe.Exec(statement, args...); err != nil {
+	if _, err := s.store.probe.Exec(statement, args...); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -401,7 +413,7 @@ func (s *service) exec(t testing.TB, statement string, args ...any) {
 // behindLock has n calls of f wait for what the statement locks or changes, then releases them all at once.
 func (s *service) behindLock(t testing.TB, n int, f func(int), statement string, args ...any) {
 	t.Helper()
-	tx, err := s.tasks().db.Begin()
+	tx, err := s.store.db.Begin()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -414,7 +426,7 @@ func (s *service) behindLock(t testing.TB, n int, f func(int), statement string,
 	}
 	const query = `SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'`
 	for waiting, end := 0, time.Now().Add(8*time.Second); waiting < n; {
-		if err := s.tasks().probe.QueryRow(query).Scan(&waiting); err != nil || time.Now().After(end) {
+		if err := s.store.probe.QueryRow(query).Scan(&waiting); err != nil || time.Now().After(end) {
 			t.Fatalf("%d of %d wait: %v", waiting, n, err)
 		}
 	}
@@ -455,7 +467,7 @@ func TestEveryRouteJudgesTheTokenThenTheOwner(t *testing.T) {
 
 func TestUnknownPathsAre404WhateverTheMethodAndToken(t *testing.T) {
 	t.Parallel()
-	s := newServiceOn(t, &authenticator{})
+	s := newServiceOn(t, newAuthenticator("", "", "", ""))
 	for _, path := range []string{"/", "/api", "/api/", "/api/ann", "/api/ann/", "/api/ann/tasks/", "/api//tasks", "/api/ann//tasks",
 		"/api/ann/tasks//",
 		"/api/ann/tasks/1/", "/api/ann/tasks/1/x", "/API/ann/tasks", "/api/ann/Tasks", "/health/", "/health/x", "/./health",
@@ -470,7 +482,7 @@ func TestUnknownPathsAre404WhateverTheMethodAndToken(t *testing.T) {
 
 func TestOtherMethodsOfAPathAre405WithAllow(t *testing.T) {
 	t.Parallel()
-	s := newServiceOn(t, &authenticator{})
+	s := newServiceOn(t, newAuthenticator("", "", "", ""))
 	for path, allow := range map[string]string{"/health": "GET, HEAD", "/ready": "GET, HEAD", "/openapi.json": "GET, HEAD",
 		"/docs":          "GET, HEAD",
 		"/api/ann/tasks": "GET, HEAD, POST", "/api/ann/tasks/1": "GET, HEAD, PATCH, DELETE",
@@ -489,7 +501,7 @@ func TestOtherMethodsOfAPathAre405WithAllow(t *testing.T) {
 
 func TestRequestsThatNoClientLibraryWouldSend(t *testing.T) {
 	t.Parallel()
-	s := newServiceOn(t, &authenticator{secret: []byte(testSecret)})
+	s := newServiceOn(t, newAuthenticator(testSecret, "", "", ""))
 	const nowhere, host = `{"detail":"Not Found"}`, "\r\nHost: x"
 	token := host + "\r\nAuthorization: Bearer " + tokenFor(t, "ann")
 	for _, test := range []struct {
@@ -523,13 +535,13 @@ func TestTheUserInThePathIsPercentDecodedOnce(t *testing.T) {
 		user         string
 		same, others []string
 	}{
-		{"ann", []string{"ann", "%61nn", "%61%6E%6e"}, []string{"Ann", "ann%20", "%20ann", "ann%00", "ann%2F", "%2561nn", "ann%FF", "."}},
+		{"ann", []string{"ann", "%61nn", "%61%6E%6e"}, []string{"Ann", "ann%20", "%20ann", "ann%00", "ann%2F", "%2561nn", "ann%FF", "%2E"}},
 		{"a/b", []string{"a%2Fb", "a%2fb"}, []string{"a%252Fb", "a", "b", `a\b`}},
 		{"a%2Fb", []string{"a%252Fb", "a%252%46b"}, []string{"a%2Fb"}},
 		{"a b", []string{"a%20b"}, []string{"a+b", "ab", "a%2520b"}},
 		{"a+b", []string{"a+b", "a%2Bb"}, []string{"a%20b", "a%252Bb"}},
 		{"ü €", []string{"%C3%BC%20%E2%82%AC", "ü%20€"}, []string{"u%CC%88%20%E2%82%AC", "%FC%20%E2%82%AC"}},
-		{`a/"<b>^|`, []string{"a%2F%22%3Cb%3E%5E%7C", `a%2F"<b>^|`}, []string{`"<b>^|`}},
+		{`a/"<b>^|`, []string{"a%2F%22%3Cb%3E%5E%7C"}, []string{`"<b>^|`}},
 		{"$&'()*,;:@=!~", []string{"$&'()*,;:@=!~"}, []string{"$&'()*,"}},
 		{"?#", []string{"%3F%23"}, []string{"%3F"}},
 		{strings.Repeat("😀", 63) + "abc", []string{strings.Repeat("😀", 63) + "abc"}, []string{strings.Repeat("😀", 63)}},
@@ -576,7 +588,7 @@ func TestHEADAnswersAsGETDoesWithoutABody(t *testing.T) {
 
 func TestASaneRequestIDIsTakenOver(t *testing.T) {
 	t.Parallel()
-	s := newServiceOn(t, &authenticator{})
+	s := newServiceOn(t, newAuthenticator("", "", "", ""))
 	seen := map[string]bool{}
 	for id, sane := range map[string]bool{"a": true, "A-z_0.9": true, strings.Repeat("x", 128): true, strings.Repeat("x", 129): false,
 		"a b": false, "": false, "é": false, "a/b": false, "a\tb": false} {
@@ -751,8 +763,8 @@ func TestAContentTypeIsJSONOrNone(t *testing.T) {
 			post.task(t)
 			patch.task(t)
 		} else {
-			post.is(t, 415, `{"detail":"Unsupported media type"}`)
-			patch.is(t, 415, `{"detail":"Unsupported media type"}`)
+			post.is(t, 415, `{"detail":"Unsupported media type: send application/json"}`)
+			patch.is(t, 415, `{"detail":"Unsupported media type: send application/json"}`)
 		}
 		s.as(t, "ann", "GET", path, "{", headers...).task(t)
 	}
@@ -761,7 +773,7 @@ func TestAContentTypeIsJSONOrNone(t *testing.T) {
 // Without a database: all that a request can be refused for comes before it.
 func TestARequestIsJudgedInOrder(t *testing.T) {
 	t.Parallel()
-	s := newServiceOn(t, &authenticator{secret: []byte(testSecret)})
+	s := newServiceOn(t, newAuthenticator(testSecret, "", "", ""))
 	untitled := problem("missing", `"body","title"`, "Field required", `{}`)
 	badID := noInteger(`"path","task_id"`, `"1.5"`)
 	pattern := "^[!-~]{1,255}$"
@@ -783,10 +795,10 @@ func TestARequestIsJudgedInOrder(t *testing.T) {
 		{"bob", "PATCH /api/ann/tasks/1.5", `{`, text, 403, `{"detail":"Forbidden"}`},
 		{"ann", "POST /api/ann/tasks", large, text, 413, `{"detail":"Request body too large"}`},
 		{"ann", "PATCH /api/ann/tasks/1.5", large, text, 413, `{"detail":"Request body too large"}`},
-		{"ann", "POST /api/ann/tasks", `{`, append(text, key...), 415, `{"detail":"Unsupported media type"}`},
-		{"ann", "PATCH /api/ann/tasks/1.5", `{`, text, 415, `{"detail":"Unsupported media type"}`},
-		{"ann", "POST /api/ann/tasks", `{`, key, 422, problems(invalidJSON(1, "Expecting property name enclosed in double quotes"))},
-		{"ann", "PATCH /api/ann/tasks/1.5", `{`, key, 422, problems(invalidJSON(1, "Expecting property name enclosed in double quotes"))},
+		{"ann", "POST /api/ann/tasks", `{`, append(text, key...), 415, `{"detail":"Unsupported media type: send application/json"}`},
+		{"ann", "PATCH /api/ann/tasks/1.5", `{`, text, 415, `{"detail":"Unsupported media type: send application/json"}`},
+		{"ann", "POST /api/ann/tasks", `{`, key, 422, problems(invalidJSON(1, "unexpected end of JSON input"))},
+		{"ann", "PATCH /api/ann/tasks/1.5", `{`, key, 422, problems(invalidJSON(1, "unexpected end of JSON input"))},
 		{"ann", "POST /api/ann/tasks", `{}`, key, 422, problems(badKey, untitled)},
 		{"ann", "PATCH /api/ann/tasks/1.5", `{"title":null}`, key, 422, problems(badID, null)},
 		{"ann", "PATCH /api/ann/tasks/1.5", `{}`, key, 422, problems(badID)},
@@ -817,7 +829,7 @@ func TestATaskIDIsAnIntegerAndTheOwners(t *testing.T) {
 	}
 	others := map[string]string{"x": "x", "1.0": "1.0", "1e3": "1e3", "0x1": "0x1", "%201": " 1", "1_0": "1_0", "+": "+", "-": "-",
 		"+-1": "+-1", "-+1": "-+1", "--1": "--1", "1%2F2": "1/2",
-		"%D9%A1": "١", "1,": "1,", "..": "..", "%2E": ".", "null": "null", "1%00": "1\x00", "%22": `"`, "%3Cb%3E": "<b>", "1%0A": "1\n"}
+		"%D9%A1": "١", "1,": "1,", "%2E": ".", "null": "null", "1%00": "1\x00", "%22": `"`, "%3Cb%3E": "<b>", "1%0A": "1\n"}
 	for _, none := range []string{"999999", "0", "-1", "+7", strings.Repeat("9", 5000), "-99999999999999999999999999",
 		"9223372036854775807", "-9223372036854775808"} {
 		others[none] = ""
@@ -932,7 +944,6 @@ func TestIfNoneMatch(t *testing.T) {
 			t.Errorf("%q: got %v", test.lines, again.header)
 		}
 		s.as(t, "ann", "GET", "/api/ann/tasks/0", "", headers...).is(t, 404, notFound)
-		s.as(t, "ann", "GET", "/api/ann/tasks", "", headers...).is(t, 200, "["+got.body+"]")
 	}
 }
 
@@ -985,7 +996,7 @@ func TestIfMatchGuardsPatchAndDelete(t *testing.T) {
 
 func TestOfManyWritesWithOneIfMatchOneWins(t *testing.T) {
 	t.Parallel()
-	s := newServiceWith(t, newDatabase(t), 40)
+	s := newServiceWithin(t, newDatabase(t), 40, 10*time.Second)
 	for _, test := range []struct {
 		statement string
 		methods   []string
@@ -1082,7 +1093,7 @@ func TestAKeyIsVisibleASCII(t *testing.T) {
 func TestSimultaneousPostsWithOneKeyMakeOneTask(t *testing.T) {
 	t.Parallel()
 	cfg := newDatabase(t)
-	services := []*service{newServiceWith(t, cfg, 20), newServiceWith(t, cfg, 20)}
+	services := []*service{newServiceWithin(t, cfg, 20, 10*time.Second), newServiceWithin(t, cfg, 20, 10*time.Second)}
 	answers := make([]reply, 20)
 	services[0].behindLock(t, len(answers), func(i int) {
 		answers[i] = services[i%2].as(t, "ann", "POST", "/api/ann/tasks", `{"title":"x"}`, "Idempotency-Key", "k")
@@ -1097,14 +1108,15 @@ func TestAPanicIsA500AndLoggedOnce(t *testing.T) {
 	t.Parallel()
 	for development, want := range map[bool]string{
 		false: `{"detail":"Internal server error"}`,
-		true:  `{"detail":"Internal server error: panic: assignment to entry in nil map"}`,
+		true:  `{"detail":"Internal server error: panic: runtime error: invalid memory address or nil pointer dereference"}`,
 	} {
-		s := newServiceOn(t, &authenticator{secret: []byte(testSecret)})
-		s.store.Store(&store{timeout: time.Minute}) // which lacks what newStore makes
+		s := newServiceOn(t, newAuthenticator(testSecret, "", "", ""))
+		s.store = &store{timeout: time.Minute, users: userLimit{limit: 1, users: map[string]*userTurns{}}} // which lacks what newStore makes
+		s.store.applied.Store(true)
 		s.development = development
 		s.as(t, "ann", "POST", "/api/ann/tasks", `{"title":"x"}`).is(t, 500, want)
 		lines := s.logs.at(slog.LevelError)
-		if len(lines) != 1 || !strings.Contains(lines[0], "nil map") || !strings.Contains(lines[0], "store.go") {
+		if len(lines) != 1 || !strings.Contains(lines[0], "nil pointer") || !strings.Contains(lines[0], "store.go") {
 			t.Errorf("logged %q", lines)
 		}
 		s.as(t, "", "GET", "/health", "").is(t, 200, `{"status":"healthy"}`)
@@ -1159,24 +1171,81 @@ func TestEveryRequestIsOneLogLineWithoutSecrets(t *testing.T) {
 	}
 }
 
+func TestABodyThatIsNotJSONSaysWhereInTheWordsOfEncodingJSON(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	const end, value = "unexpected end of JSON input", "looking for beginning of value"
+	for _, test := range []struct {
+		body   string
+		offset int // in bytes
+		msg    string
+	}{
+		{"\ufeff{}", 0, "invalid character 'ï' " + value}, {"  ", 2, end}, {"nul", 2, "invalid character ' ' in literal null (expecting 'l')"}, {"nulx", 3, "invalid character 'x' in literal null (expecting 'l')"},
+		{"{\"title\":\"\xff\"}", 10, "invalid UTF-8"}, {"{\"é\":\"\ufffdé\xc3\"}", 12, "invalid UTF-8"},
+		{"{\"a\":\"\xed\xa0\x80\"}", 6, "invalid UTF-8"}, {"\xff", 0, "invalid character 'ÿ' " + value},
+		{"title=x", 1, "invalid character 'i' in literal true (expecting 'r')"}, {"NaN", 0, "invalid character 'N' " + value},
+		{`{"title":"x"} x`, 14, "invalid character 'x' after top-level value"}, {"{}{}", 2, "invalid character '{' after top-level value"},
+		{"{}\x00", 2, `invalid character '\x00' after top-level value`}, {"01", 1, "invalid character '1' after top-level value"},
+		{`{"title":"x",}`, 13, "invalid character '}' looking for beginning of object key string"}, {`{"a" 1}`, 5, "invalid character '1' after object key"},
+		{`{"a":01}`, 6, "invalid character '1' after object key:value pair"}, {`{"title":`, 9, end}, {`{"title":"é`, 12, end},
+		{"\"a\nb\"", 2, `invalid character '\n' in string literal`}, {`"\x"`, 2, "invalid character 'x' in string escape code"},
+		{`"\u12g4"`, 5, `invalid character 'g' in \u hexadecimal character escape`}, {strings.Repeat("[", 10001), 10000, "invalid character '[' exceeded max depth"},
+	} {
+		s.as(t, "ann", "POST", "/api/ann/tasks", test.body).is(t, 422, problems(invalidJSON(test.offset, test.msg)))
+	}
+	deep := strings.Repeat("[", 9999) + strings.Repeat("]", 9999)
+	for _, body := range []string{"\t\r\n {\"title\":\"x\"}\r\n", `{"title":"x","other":` + deep + `}`,
+		`{"title":"x","n":[-0.5e+7,0,1E5,-0,{}, [] ,true,{"title":null}]}`} {
+		s.as(t, "ann", "POST", "/api/ann/tasks", body).task(t)
+	}
+}
+
+// FuzzBody: what gets through is one JSON text in UTF-8, and a text of it is what encoding/json reads or is refused.
+func FuzzBody(f *testing.F) {
+	for _, seed := range []string{`{"title":"x","title":null,"Title":[1]}`, `{"title":"\ud83d\ude00","description":"\udc00\ud800\ud83d"}`, "\ufeff{}",
+		"{\"title\":\"\xff\"}", "{} x", `{"a":01}`, `{"title":"\\ud800\u0000"}`, "nul", `"\u12`, " ", `{"title":"\uD83D\uDE00\uDBFF"}`} {
+		f.Add([]byte(seed))
+	}
+	f.Fuzz(func(t *testing.T, text []byte) {
+		var b body
+		err := b.parse(text)
+		if (err == nil) != (json.Valid(text) && utf8.Valid(text)) {
+			t.Fatalf("%q: %v", text, err)
+		}
+		var v faults
+		if in := v.changes(b, false); err == nil && v == nil {
+			var want struct{ Title, Description *string }
+			_ = json.Unmarshal(b.members["title"], &want.Title)
+			if in.title != nil && (*in.title != *want.Title || strings.ContainsRune(*in.title, 0)) {
+				t.Errorf("%q: the title is %q", text, *in.title)
+			}
+			if in.title != nil && strings.ContainsRune(*in.title, utf8.RuneError) {
+				var again string // a lone surrogate would have become a U+FFFD that was not there
+				if raw := string(b.members["title"]); !strings.Contains(raw, "\ufffd") && !strings.Contains(strings.ToLower(raw), `\ufffd`) {
+					t.Errorf("%q: the title is %q%s", text, *in.title, again)
+				}
+			}
+		}
+	})
+}
+
 func FuzzPrecondition(f *testing.F) {
 	for _, seed := range []string{``, `*`, `"a"`, `W/"a", "b"`, `"a" "b"`, `,,"a,b",`, `"`, `W/`, `"2026-01-02T03:04:05.100000Z"`,
 		`"x",W/"2026-01-02T03:04:05.100000Z"`, "\"\xff\"\t,\"\x7f\"", `"a"b`} {
 		f.Add(seed)
 	}
 	const tag = `"2026-01-02T03:04:05.100000Z"`
-	task := task{updatedAt: "2026-01-02 03:04:05.1+00"}
+	task := task{updatedAt: instant(time.Date(2026, 1, 2, 3, 4, 5, 100e6, time.UTC).UnixMicro() - epoch)}
 	// a list of entity tags, from its start to the tag in question
 	strong := regexp.MustCompile(`^([, \t]|(W/)?"[^\x00-\x20",\x7f]*"[ \t]*,)*` + regexp.QuoteMeta(tag) + `[ \t]*(,|$)`)
 	weak := regexp.MustCompile(`^([, \t]|(W/)?"[^\x00-\x20",\x7f]*"[ \t]*,)*(W/)?` + regexp.QuoteMeta(tag) + `[ \t]*(,|$)`)
 	f.Fuzz(func(t *testing.T, line string) {
 		p, all := parsePrecondition([]string{line}), strings.Trim(line, " \t") == "*"
-		if (all || weak.MatchString(line)) && !p.weakly(task.etag()) {
+		if (all || weak.MatchString(line)) && !p.matchesWeakly(task.etag()) {
 			t.Errorf("%q does not match", line)
 		}
-		var times pq.StringArray
-		list := p.times()
-		if (list == nil) != all || list != nil && times.Scan(*list) != nil || strong.MatchString(line) &&
+		times := p.times()
+		if (times == nil) != all || strong.MatchString(line) &&
 			!slices.Contains(times, strings.Trim(tag, `"`)) || len(times) > strings.Count(line, "Z") {
 			t.Errorf("%q allows %v", line, times)
 		}

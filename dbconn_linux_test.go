@@ -8,11 +8,12 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"log/slog"
 	"math/big"
 	"net"
 	"os"
+	"os/user"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -21,8 +22,15 @@ import (
 // On Linux only: elsewhere SSL_CERT_FILE means nothing, and 127.0.0.2 is no address of the machine.
 func TestNeonsStringWorksPastedUnchanged(t *testing.T) {
 	t.Parallel()
-	folder := must(temporaryFolder())
-	t.Cleanup(func() { _ = os.RemoveAll(folder.path) })
+	folder := must(os.MkdirTemp("", "taskflow-test"))
+	account := -1 // that PostgreSQL is to run as: ourselves
+	if os.Getuid() == 0 {
+		owner, err := user.Lookup("postgres")
+		if err != nil {
+			owner = must(user.Lookup("nobody"))
+		}
+		account = must(strconv.Atoi(owner.Uid))
+	}
 	address := fmt.Sprintf("127.%d.%d.2", 1+os.Getpid()>>8&0x7f, os.Getpid()&0xff) // not that of another run
 	other := strings.TrimSuffix(address, "2") + "3"
 	private := must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
@@ -31,21 +39,20 @@ func TestNeonsStringWorksPastedUnchanged(t *testing.T) {
 		IsCA:     true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign}
 	certificate := must(x509.CreateCertificate(rand.Reader, template, template, private.Public(), private))
 	file := func(name string, text []byte) string {
-		path := filepath.Join(folder.path, name)
-		err := os.WriteFile(path, text, 0o600)
-		if account := folder.account; account != nil {
-			err = errors.Join(err, os.Chown(path, int(account.Uid), int(account.Gid)))
-		}
-		return must(path, err)
+		path := filepath.Join(folder, name)
+		return must(path, errors.Join(os.WriteFile(path, text, 0o600), os.Chown(path, account, -1)))
 	}
 	authority := file("ca.pem", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: certificate}))
 	key := file("key.pem", pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: must(x509.MarshalPKCS8PrivateKey(private))}))
 	hba := file("hba.conf", []byte("local all all trust\nhostssl all all all scram-sha-256\n"))
-	db := must(startDevDB(t.Context(), folder, slog.New(slog.DiscardHandler), func(error) {}, "fsync=off", "hba_file="+hba,
-		"listen_addresses="+address+","+other, "ssl=on", "ssl_cert_file="+authority, "ssl_key_file="+key))
-	t.Cleanup(func() { _ = db.stop() })
-	ask(t, db.config, `CREATE ROLE neondb_owner LOGIN PASSWORD 'npg_Secret'`)
-	ask(t, db.config, `CREATE DATABASE neondb OWNER neondb_owner`)
+	database, stop, err := startPostgres(folder, "fsync=off", "hba_file="+hba, "listen_addresses="+address+","+other, "ssl=on",
+		"ssl_cert_file="+authority, "ssl_key_file="+key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(stop)
+	ask(t, database, `CREATE ROLE neondb_owner LOGIN PASSWORD 'npg_Secret'`)
+	ask(t, database, `CREATE DATABASE neondb OWNER neondb_owner`)
 
 	right := "neondb_owner:npg_Secret@" + address + "/neondb?sslmode=require&channel_binding=require"
 	instead := func(old, new string) string { return strings.Replace(right, old, new, 1) }

@@ -1,0 +1,205 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// development makes a folder of this name with dev/ and bin/taskflow, as in a clone, that PostgreSQL's account can reach.
+func development(t testing.TB, name string) string {
+	t.Helper()
+	above := must(os.MkdirTemp("", "taskflow-test"))
+	t.Cleanup(func() { _ = os.RemoveAll(above) })
+	folder := filepath.Join(above, name)
+	err := errors.Join(os.Chmod(above, 0o755), os.CopyFS(filepath.Join(folder, "dev"), os.DirFS("dev")),
+		os.Mkdir(filepath.Join(folder, "bin"), 0o755), os.Symlink(taskflow(), filepath.Join(folder, "bin", "taskflow")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		for _, pid := range processesOf(t, folder) {
+			t.Errorf("process %d is left", pid)
+			_ = syscall.Kill(pid, syscall.SIGKILL)
+		}
+	})
+	return folder
+}
+
+// runs starts dev/run and waits until it serves.
+func runs(t testing.TB, folder string) *process {
+	t.Helper()
+	p := launch(t, filepath.Join(folder, "dev", "run"), folder, nil)
+	p.await(t, "curl -H")
+	return p
+}
+
+// processesOf lists dev/postgres of a folder and all of its PostgreSQL.
+func processesOf(t testing.TB, folder string) (pids []int) {
+	t.Helper()
+	sum := exec.Command("cksum")
+	sum.Stdin = strings.NewReader(filepath.Join(folder, ".taskflow"))
+	number := strings.Fields(string(must(sum.Output())))[0]
+	for line := range strings.Lines(string(must(exec.Command("ps", "-A", "-ww", "-o", "pid=", "-o", "args=").Output()))) {
+		if fields := strings.Fields(line); strings.Contains(line, "for:"+number) || strings.Contains(line, "taskflow-"+number) {
+			pids = append(pids, must(strconv.Atoi(fields[0])))
+		}
+	}
+	return pids
+}
+
+// demo sends a request with a token that dev/run prints.
+func (p *process) demo(t testing.TB, method, body string) reply {
+	t.Helper()
+	out, err := exec.Command(filepath.Join(p.Dir, "dev", "run"), "token", "demo").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := must(newRequest(method, p.url+"/api/demo/tasks", body))
+	r.Header.Set("Authorization", "Bearer "+strings.TrimSpace(string(out)))
+	return send(t, r)
+}
+
+func TestDevRunStopsAllItStartedAndKeepsTheData(t *testing.T) {
+	t.Parallel()
+	folder := development(t, strings.Repeat("long ü ", 21)) // 168 bytes
+	for i, stop := range []func(*process) error{
+		func(p *process) error { return syscall.Kill(-p.Process.Pid, syscall.SIGINT) }, // Ctrl-C
+		func(p *process) error { return p.Process.Signal(syscall.SIGTERM) },
+		func(p *process) error { return p.Process.Signal(syscall.SIGHUP) },
+		func(p *process) error { return signalService(p, syscall.SIGTERM) },
+	} {
+		p := runs(t, folder)
+		if got := len(p.demo(t, "GET", "").tasks(t)); got != i {
+			t.Errorf("%d tasks after %d starts", got, i)
+		}
+		p.demo(t, "POST", `{"title":"x"}`).task(t)
+		if err := stop(p); err != nil {
+			t.Fatal(err)
+		}
+		p.exits(t, 0, "stopping")
+		if left := processesOf(t, folder); left != nil {
+			t.Fatalf("%v are left after stop %d", left, i)
+		}
+	}
+	for name, mode := range map[string]fs.FileMode{"": 0o700 | fs.ModeDir, "secret": 0o600} {
+		if info, err := os.Stat(filepath.Join(folder, ".taskflow", name)); err != nil || info.Mode() != mode {
+			t.Errorf("%q: %v, %v", name, info, err)
+		}
+	}
+	for _, entry := range must(os.ReadDir(filepath.Join(folder, ".taskflow"))) {
+		if !strings.Contains("data secret postgres.log", entry.Name()) {
+			t.Errorf("%s is left", entry.Name())
+		}
+	}
+}
+
+// signalService signals the service that a dev/run has started.
+func signalService(p *process, signal syscall.Signal) error {
+	out, err := exec.Command("ps", "-A", "-o", "pid=", "-o", "ppid=", "-o", "args=").Output()
+	for line := range strings.Lines(string(out)) {
+		if fields := strings.Fields(line); fields[1] == fmt.Sprint(p.Process.Pid) && strings.Contains(line, "bin/taskflow") {
+			pid, _ := strconv.Atoi(fields[0])
+			return syscall.Kill(pid, signal)
+		}
+	}
+	return errors.Join(errors.New("no service"), err)
+}
+
+func TestAfterAKillTheNextDevRunComesUpWithTheDataWhole(t *testing.T) {
+	t.Parallel()
+	kill := func(t testing.TB, folder string) {
+		for _, pid := range processesOf(t, folder) {
+			_ = syscall.Kill(pid, syscall.SIGKILL)
+		}
+	}
+	for what, act := range map[string]func(t testing.TB, p *process){
+		"the service": func(t testing.TB, p *process) { _ = signalService(p, syscall.SIGKILL) },
+		"the script": func(t testing.TB, p *process) {
+			_ = p.Process.Kill()
+			eventually(t, "PostgreSQL is gone", func() bool { return len(processesOf(t, p.Dir)) == 0 })
+			_ = syscall.Kill(-p.Process.Pid, syscall.SIGKILL) // the service, which is left
+		},
+		"the script and the service": func(t testing.TB, p *process) { _ = syscall.Kill(-p.Process.Pid, syscall.SIGKILL) },
+		"PostgreSQL": func(t testing.TB, p *process) {
+			kill(t, p.Dir)
+			_ = p.Process.Signal(syscall.SIGTERM)
+		},
+		"all": func(t testing.TB, p *process) {
+			_ = syscall.Kill(-p.Process.Pid, syscall.SIGKILL)
+			kill(t, p.Dir)
+			pidFile := filepath.Join(p.Dir, ".taskflow", "data", "postmaster.pid") // now it has another process's number
+			text, _ := os.ReadFile(pidFile)
+			_, rest, _ := strings.Cut(string(text), "\n")
+			_ = os.WriteFile(pidFile, []byte(fmt.Sprintf("%d\n%s", os.Getppid(), rest)), 0o600)
+		},
+	} {
+		t.Run(what, func(t *testing.T) {
+			t.Parallel()
+			folder := development(t, "clone")
+			p := runs(t, folder)
+			p.demo(t, "POST", `{"title":"kept"}`).task(t)
+			act(t, p)
+			<-p.exited
+			again := runs(t, folder)
+			if tasks := again.demo(t, "GET", "").tasks(t); len(tasks) != 1 || tasks[0].Title != "kept" {
+				t.Errorf("got %v", tasks)
+			}
+			_ = again.Process.Signal(syscall.SIGTERM)
+			again.exits(t, 0, "stopping")
+		})
+	}
+}
+
+func TestOfTwoDevRunsInOneFolderOneServesAndTheOtherSaysWhyNot(t *testing.T) {
+	t.Parallel()
+	folder := development(t, "clone")
+	two := []*process{launch(t, filepath.Join(folder, "dev", "run"), folder, nil), launch(t, filepath.Join(folder, "dev", "run"), folder, nil)}
+	select {
+	case <-two[0].exited:
+		two[0], two[1] = two[1], two[0]
+	case <-two[1].exited:
+	case <-time.After(20 * time.Second):
+		t.Fatal("both run")
+	}
+	two[1].exits(t, 1, "another dev/run uses the private PostgreSQL")
+	two[0].await(t, "curl -H")
+	two[0].demo(t, "POST", `{"title":"x"}`).task(t)
+	_ = two[0].Process.Signal(syscall.SIGTERM)
+	two[0].exits(t, 0, "stopping")
+}
+
+func TestProcessesAtOnceEndWithOneGeneratedSecret(t *testing.T) {
+	t.Parallel()
+	folder := development(t, "clone")
+	var processes []*process
+	for range 8 {
+		processes = append(processes, launch(t, filepath.Join(folder, "dev", "run"), folder, nil, "token", "ann"))
+	}
+	for _, p := range processes {
+		p.exits(t, 0, "ey")
+	}
+	secret := must(os.ReadFile(filepath.Join(folder, ".taskflow", "secret")))
+	for _, p := range processes {
+		newAuthenticator(string(secret), "", "", "").says(t, tokenGood, "ann", strings.TrimSpace(p.output.String()))
+	}
+}
+
+func TestWithoutServerProgramsDevRunSaysWhatToInstall(t *testing.T) {
+	t.Parallel()
+	folder := development(t, "clone")
+	programs := filepath.Join(folder, "dev", "programs")
+	text := strings.NewReplacer("/usr/lib/postgresql", "/nowhere", "apt-get", "no-apt-get", "command -v initdb", "false").Replace(
+		string(must(os.ReadFile(programs))))
+	must(0, os.WriteFile(programs, []byte(text), 0o755))
+	p := launch(t, filepath.Join(folder, "dev", "run"), folder, nil)
+	p.exits(t, 1, "Install them:\n  Debian, Ubuntu ")
+}
