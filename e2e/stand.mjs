@@ -8,7 +8,7 @@ import { chromium } from "playwright-core";
 import { freePort, Program } from "./programs.mjs";
 
 const here = import.meta.dirname;
-const folder = process.env.E2E_FOLDER; // ./run has put the built service there, and removes it
+const folder = process.env.E2E_FOLDER; // ./run has put bin/ and dev/ there, and removes it
 const databaseURL = (name) => `postgresql://taskflow@/${name}?host=${join(folder, ".taskflow")}`;
 
 async function connect(name) {
@@ -17,12 +17,12 @@ async function connect(name) {
   return client;
 }
 
-const taskflow = (name, env) => new Program(`taskflow (${name})`, [join(folder, "taskflow")], { cwd: folder, env });
+const taskflow = (name, program, env) => new Program(`taskflow (${name})`, [join(folder, program)], { cwd: folder, env });
 
-/** Starts the service in development and returns its address. */
+/** Starts the service in development, with its private PostgreSQL, and returns its address. */
 export async function startDevelopment() {
   const port = await freePort();
-  const service = taskflow("development", { PORT: port });
+  const service = taskflow("development", "dev/run", { PORT: port });
   await service.printed(/^curl /);
   return `http://127.0.0.1:${port}`;
 }
@@ -47,7 +47,7 @@ export async function startMode(mode) {
     await stand.auth.printed(/^listening/);
   };
   stand.startService = async () => {
-    stand.service = taskflow(mode, {
+    stand.service = taskflow(mode, "bin/taskflow", {
       ENVIRONMENT: "production", HOST: "127.0.0.1", PORT: port, DATABASE_URL: databaseURL(mode),
       CORS_ORIGINS: origin, BETTER_AUTH_ISSUER: origin, BETTER_AUTH_AUDIENCE: origin,
       ...(mode === "jwks" ? { BETTER_AUTH_JWKS_URL: `${origin}/api/auth/jwks` } : { BETTER_AUTH_SECRET: secret }),
