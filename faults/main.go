@@ -84,7 +84,8 @@ func main() {
 	inTurn := []scenario{
 		{"restart", restarts}, {"answers", lostAnswers}, {"start", startUp}, {"failover", failover}, {"synchronous", synchronous},
 		{"hanging", hangingPrimary}, {"rolling", rollingRestart}, {"ten", tenReplicas}, {"race", races}, {"pgbouncer", pgbouncer},
-		{"switch", switched}, {"overload", overload}, {"locked", locked}, {"flood", flood}, {"hangup", hangUps},
+		{"switch", switched}, {"overload", overload}, {"locked", locked}, {"flood", flood}, {"memory", memory}, {"cancels", lostCancels},
+		{"hangup", hangUps},
 		{"partitions", partitions}, {"foreign", foreignPartitions},
 	}
 	aside := scenario{"slow", slow} // takes long and does little: runs beside the others

@@ -14,10 +14,10 @@ import (
 	"time"
 )
 
-// Issue 5, item 6: more than the service can do, and clients that misbehave.
+// More than the service can do, and clients that misbehave.
 
 const (
-	memoryLimit = 256 // MiB
+	memoryLimit = 200 // MiB
 	stuck       = `SELECT count(*) FROM pg_stat_activity WHERE application_name = 'taskflow' AND wait_event_type = 'Lock'`
 	connected   = `SELECT count(*) FROM pg_stat_activity WHERE application_name = 'taskflow'`
 )
@@ -169,6 +169,110 @@ func flood(s *suite) {
 			r.note("the others' p95 %.0f ms", float64(p95.Microseconds())/1000)
 		}
 	}
+}
+
+// memory has one user take what memory they can: with pages of large tasks and lists that are never read, and with bodies that
+// never end.
+func memory(s *suite) {
+	c, v := s.small("memory")
+	c.exec("memory", "INSERT INTO tasks (user_id, title, description) SELECT 'greedy', 'base', repeat('x', 1040000) FROM generate_series(1, 12)")
+	expiry := time.Now().Add(time.Hour).Unix()
+	head := "Host: x\r\nAuthorization: Bearer " + token("greedy", expiry) + "\r\n"
+	for i, attack := range []struct {
+		what    string
+		clients int
+		request string
+	}{
+		{"300 pages of large tasks, never read, of one user", 300, "GET /api/greedy/tasks?limit=1000 HTTP/1.1\r\n" + head + "\r\n"},
+		{"300 lists of large tasks, never read, of one user", 300, "GET /api/greedy/tasks HTTP/1.1\r\n" + head + "\r\n"},
+		{"600 bodies of 1 MiB that never end, of one user", 600, "POST /api/greedy/tasks HTTP/1.1\r\n" + head + "Content-Length: 1048576\r\n\r\n" +
+			`{"title":"x","description":"` + strings.Repeat("x", 1040000)},
+	} {
+		r := s.row(attack.what)
+		name := fmt.Sprintf("memory%d", i)
+		l := workload(v.url(), name)
+		l.workers, l.pause = 10, 10*time.Millisecond
+		l.run()
+		var conns []net.Conn
+		for range attack.clients {
+			conn, err := net.Dial("tcp", strings.TrimPrefix(v.url(), "http://"))
+			must(err)
+			go func() { _, _ = io.WriteString(conn, attack.request) }()
+			conns = append(conns, conn)
+		}
+		time.Sleep(6 * time.Second)
+		l.finish(r, c, "memory", never, v)
+		v.checkMemory(r)
+		for _, conn := range conns {
+			conn.Close()
+		}
+		began := time.Now()
+		response, err := http.DefaultClient.Do(newRequest(context.Background(), v.url(), "greedy", "GET", "?limit=1", "", expiry))
+		if must(err); response.StatusCode != http.StatusOK || time.Since(began) > time.Second {
+			r.fault("afterwards the user gets %s in %v", response.Status, time.Since(began))
+		}
+		response.Body.Close()
+		l.p99(r)
+	}
+}
+
+// p99 checks that the others notice nothing of one user's flood.
+func (l *load) p99(r *row) {
+	times := []time.Duration{}
+	for _, x := range l.samples {
+		times = append(times, x.took())
+	}
+	slices.Sort(times)
+	if p99 := times[len(times)*99/100]; p99 > time.Second {
+		r.fault("the others wait for %v at p99", p99)
+	} else {
+		r.note("the others' p99 %.0f ms", float64(p99.Microseconds())/1000)
+	}
+}
+
+// lostCancels has statements of all kinds wait for a lock behind a network that loses cancel requests: the server itself
+// must end them.
+func lostCancels(s *suite) {
+	c := s.newCluster()
+	database := c.newDatabase("cancels")
+	f := newForwarder(c.port)
+	f.deaf = true
+	v := s.newService(fmt.Sprintf("postgres://taskflow@127.0.0.1:%d/%s?sslmode=disable", f.port(), database), "DB_POOL_SIZE=10").ready()
+	c.exec(database, "INSERT INTO tasks (id, user_id, title) SELECT 1000000 + n, 'user-' || n, 'base' FROM generate_series(0, 39) n")
+	r := s.row("40 statements wait for a lock, cancel requests are lost")
+	release := c.hold(database, "LOCK TABLE tasks IN ACCESS EXCLUSIVE MODE")
+	expiry := time.Now().Add(time.Hour).Unix()
+	began := time.Now()
+	var all sync.WaitGroup
+	for i := range 40 {
+		all.Go(func() {
+			method := []string{"GET", "POST", "PATCH", "DELETE", "GET"}[i%5]
+			path := []string{fmt.Sprintf("/%d", 1000000+i), "", fmt.Sprintf("/%d", 1000000+i), fmt.Sprintf("/%d", 1000000+i), "?limit=5"}[i%5]
+			body := map[string]string{"POST": `{"title":"x"}`, "PATCH": `{"title":"x"}`}[method]
+			var header []string
+			if i%2 > 0 {
+				header = map[string][]string{"POST": {"Idempotency-Key", "k"}, "PATCH": {"If-Match", "*"}, "DELETE": {"If-Match", `"x"`}}[method]
+			}
+			response, err := http.DefaultClient.Do(newRequest(context.Background(), v.url(), fmt.Sprintf("user-%d", i), method, path, body, expiry, header...))
+			if must(err); response.StatusCode != http.StatusServiceUnavailable {
+				r.fault("%s %s: %s", method, path, response.Status)
+			}
+			response.Body.Close()
+		})
+	}
+	all.Wait()
+	for c.number(database, stuck) > 0 && time.Since(began) < 20*time.Second {
+		time.Sleep(10 * time.Millisecond)
+	}
+	if took := time.Since(began); took > patience+2*time.Second {
+		r.fault("a statement ran on for %v", took)
+	} else {
+		r.note("all ended after %.1f s", took.Seconds())
+	}
+	release()
+	l := workload(v.url(), "cancels").run()
+	time.Sleep(time.Second)
+	l.finish(r, c, database, never, v)
 }
 
 // hangUps has clients go away while their statements wait.

@@ -410,6 +410,7 @@ func reachable(port int) {
 // A forwarder passes connections on to a port that may change, and loses answers on demand.
 type forwarder struct {
 	listener net.Listener
+	deaf     bool // loses cancel requests
 	mu       sync.Mutex
 	target   int
 	links    map[*link]bool
@@ -459,7 +460,11 @@ func (f *forwarder) serve(client net.Conn) {
 		f.mu.Unlock()
 	}()
 	go func() {
-		_, _ = io.Copy(server, client)
+		begin := make([]byte, 8) // of a start-up message, or of a CancelRequest
+		if _, err := io.ReadFull(client, begin); err == nil && !(f.deaf && string(begin[4:]) == "\x04\xd2\x16\x2e") {
+			_, _ = server.Write(begin)
+			_, _ = io.Copy(server, client)
+		}
 		_ = server.(*net.TCPConn).CloseWrite()
 	}()
 	buffer := make([]byte, 64<<10)
