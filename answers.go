@@ -239,7 +239,6 @@ func (f *faults) integer(text string, loc ...any) (n int64, ok bool) {
 	return n, ok
 }
 
-// quote returns text as JSON.
 func quote(text string) []byte {
 	b, _ := json.Marshal(text)
 	return b

@@ -20,9 +20,10 @@ import (
 )
 
 const (
-	maxSearch = 200     // code points
-	maxLimit  = 1000    // tasks on a page, which is what a list with limit is, or in a chunk of another list
-	pageBytes = 1 << 20 // a page or chunk whose JSON passes this ends early
+	maxSearch  = 200     // code points
+	maxLimit   = 1000    // tasks on a page, which is what a list with limit is, or in a chunk of another list
+	pageBytes  = 1 << 20 // a page whose JSON passes this ends early
+	chunkBytes = 1 << 19 // the same for a chunk
 )
 
 // A listQuery is what GET .../tasks asks for.
@@ -142,7 +143,6 @@ func (f *faults) listQuery(r *http.Request, user string) (q listQuery) {
 	return q
 }
 
-// checkOneOf checks that word is one of several. input is what was given for it.
 func (f *faults) checkOneOf(word, input, name string, words ...string) {
 	if !slices.Contains(words, word) {
 		last := len(words) - 1
@@ -176,7 +176,6 @@ func (q listQuery) decodeCursor(user, cursor string) *keyset {
 	return &k
 }
 
-// place returns the keyset of a task in this list.
 func (q listQuery) place(t task) *keyset {
 	value := map[string]string{"id": strconv.FormatInt(t.id, 10), "title": t.title,
 		"created_at": t.createdAt.String(), "updated_at": t.updatedAt.String()}
@@ -199,9 +198,12 @@ func (c *chunk) etag(link string) string {
 }
 
 // readChunk reads the next tasks of a list in one statement and appends them to c: up to c.next, fewer when their JSON
-// passes pageBytes.
+// passes a limit.
 func (s *store) readChunk(ctx context.Context, user string, q listQuery, c *chunk) error {
-	start, n := len(c.json), c.next
+	start, n, maxBytes := len(c.json), c.next, chunkBytes
+	if q.limit > 0 {
+		maxBytes = pageBytes
+	}
 	query, args := q.statement(user, n+1)
 	return s.attempt(ctx, user, true, func(ctx context.Context) error {
 		ctx, cancel := context.WithCancel(ctx)
@@ -210,7 +212,7 @@ func (s *store) readChunk(ctx context.Context, user string, q listQuery, c *chun
 		count := 0
 		c.json, c.state, c.more = c.json[:start], c.state[:0], false
 		err := exchange(ctx, s.db, query, args, func(row []driver.Value) {
-			if c.more = count == n || len(c.json)-start >= pageBytes; c.more {
+			if c.more = count == n || len(c.json)-start >= maxBytes; c.more {
 				if count < n {
 					cancel() // this costs the connection, but less than reading all that may still come
 				}
@@ -227,7 +229,7 @@ func (s *store) readChunk(ctx context.Context, user string, q listQuery, c *chun
 		c.last = q.place(last)
 		if c.more && count < n {
 			c.next, err = count, nil // the error is that of cancel
-		} else if len(c.json)-start < pageBytes/2 {
+		} else if len(c.json)-start < maxBytes/2 {
 			c.next = min(2*n, maxLimit)
 		}
 		return err

@@ -287,7 +287,6 @@ func (s *store) together(query string, columns ...func(*member) any) func(contex
 	}
 }
 
-// made reports whether t has the title and the description of c.
 func (c changes) made(t task) bool {
 	return *c.title == t.title && (c.description != nil) == t.described && (c.description == nil || *c.description == t.description)
 }
