@@ -195,7 +195,8 @@ func (c *conn) send(ctx context.Context, query string, args []driver.NamedValue,
 // isStartupError reports an error that waiting does not cure, such as a refused password or a missing database.
 func isStartupError(err error) bool {
 	if e := pq.As(err); e != nil {
-		return e.Code == "55P02" || slices.Contains([]pqerror.Class{"28", "3D", "3F", "42", "22", "23", "0A", "P0"}, e.Code.Class())
+		raced := pq.As(err, "42P07", "42701", "42710", "23505") != nil // another made the table, or what belongs to it
+		return e.Code == "55P02" || !raced && slices.Contains([]pqerror.Class{"28", "3D", "3F", "42", "22", "23", "0A", "P0"}, e.Code.Class())
 	}
 	return errors.As(err, new(*tls.CertificateVerificationError)) || errors.As(err, new(x509.UnknownAuthorityError)) ||
 		errors.As(err, new(x509.CertificateInvalidError)) || errors.As(err, new(*fs.PathError)) || // sslrootcert, sslcert, sslkey

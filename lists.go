@@ -182,7 +182,6 @@ func (q listQuery) place(t task) *keyset {
 	return &keyset{value[q.sortBy], t.id}
 }
 
-// A chunk is a part of a list.
 type chunk struct {
 	json  []byte  // its tasks, each behind a comma but the list's first
 	state []byte  // the id and the time of the last change of each task

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/lib/pq"
+	"github.com/lib/pq/pqerror"
 )
 
 // useAll uses all routes as a user who has no tasks yet.
@@ -384,5 +385,14 @@ func TestOneUsersFloodLeavesRoomForOthers(t *testing.T) {
 	group.Wait()
 	if n := len(s.store.users.users); n != 0 {
 		t.Errorf("%d users are remembered", n)
+	}
+}
+
+func TestALostRaceForTheTableIsTriedAgain(t *testing.T) {
+	t.Parallel()
+	for code, ends := range map[pqerror.Code]bool{"42P07": false, "42701": false, "42710": false, "23505": false, "42P01": true, "23502": true} {
+		if err := fmt.Errorf("wrapped: %w", &pq.Error{Code: code}); isStartupError(err) != ends {
+			t.Errorf("%s ends the start: %v", code, !ends)
+		}
 	}
 }
