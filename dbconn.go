@@ -28,7 +28,6 @@ import (
 // server gives up too; then the connection is closed.
 const cancelGrace = 700 * time.Millisecond
 
-// A connector opens conns; it is what sql.OpenDB takes.
 type connector struct {
 	*pq.Connector
 	timeout   time.Duration // for a statement

@@ -52,7 +52,12 @@ func (s *server) listTasks(w *response, r *http.Request, user string) error {
 		return f.err()
 	}
 	w.Header()["Content-Type"] = []string{"application/json"}
-	c := &chunk{json: append(make([]byte, 0, 4096), '['), next: cmp.Or(q.limit, maxLimit)}
+	c, _ := s.chunks.Get().(*chunk)
+	if c == nil {
+		c = new(chunk)
+	}
+	c.json, c.next = append(c.json[:0], '['), cmp.Or(q.limit, maxLimit)
+	defer s.chunks.Put(c)
 	for first := true; ; first = false {
 		err := s.store.readChunk(r.Context(), user, q, c)
 		switch {

@@ -16,7 +16,6 @@ import (
 
 const bodyTimeout = 30 * time.Second
 
-// A server answers HTTP requests.
 type server struct {
 	auth        *authenticator
 	users       userLimit // of requests
@@ -30,6 +29,7 @@ type server struct {
 		next time.Time
 		err  error
 	}
+	chunks sync.Pool // of *chunk, whose buffers lists use again
 }
 
 // handler wires the way of a request: log and recover, CORS, route, token and owner (owned), handler.

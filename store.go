@@ -201,7 +201,6 @@ func (s *store) createTask(ctx context.Context, user, key string, in changes) (t
 	return t, err
 }
 
-// hash identifies the body of a POST.
 func (c changes) hash() []byte {
 	text := *c.title
 	if c.description != nil {
@@ -238,7 +237,6 @@ func (s *store) updateTask(ctx context.Context, user string, id int64, match pre
 
 const deleteTask = `DELETE FROM tasks WHERE ` + matches + ` RETURNING ` + taskColumns
 
-// deleteTask deletes a task if it matches; it fails with errModified when it exists and does not.
 func (s *store) deleteTask(ctx context.Context, user string, id int64, match precondition) error {
 	m := &member{user: user, id: id, times: match.times()}
 	_, err := s.single(ctx, nil, m, deleteTask, user, id, pq.Array(m.times))

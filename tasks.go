@@ -137,7 +137,6 @@ func (f *faults) changes(b body, create bool) (c changes) {
 // pairedEscape matches every escape but that of a surrogate without the other.
 var pairedEscape = regexp.MustCompile(`(?i)\\(?:[^u]|u(?:d[89ab]..\\ud[c-f]|d[0-7]|[^d]))`)
 
-// text reads a string of lower to upper code points from the body.
 func (f *faults) text(raw []byte, name string, lower, upper int) *string {
 	if raw[0] != '"' {
 		f.add("string_type", "Input should be a valid string", raw, nil, "body", name)
@@ -159,7 +158,6 @@ type body struct {
 	members map[string]json.RawMessage
 }
 
-// readBody reads the body of a POST or PATCH.
 func readBody(w *response, r *http.Request) (b body, err error) {
 	if r.ContentLength > maxBody {
 		return b, errBodyTooLarge
