@@ -181,8 +181,8 @@ func libpqURL(text string) (string, url.Values, error) {
 	if err != nil {
 		return "", nil, errors.New("has a broken percent-encoding" + encodingHint)
 	}
-	if start < end {
-		query.Set("host", strings.Join(hosts, ","))
+	if list := strings.Join(hosts, ","); list != "" { // else the query's own host counts
+		query.Set("host", list)
 	}
 	if hasPort {
 		query.Set("port", strings.Join(ports, ","))

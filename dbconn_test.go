@@ -58,6 +58,7 @@ func TestDatabaseURLsMeanWhatTheyMeanToPostgreSQL(t *testing.T) {
 		{"", "postgres://u@%2Frun%2Fpg:99/d", "u||/run/pg:99|d|disable||"},
 		{"", "postgres://u@/d?host=/run/pg&port=99", "u||/run/pg:99|d|disable||"},
 		{"", "postgres://u@/d?host=%2Frun%2Fp%20g", "u||/run/p g:5432|d|disable||"},
+		{"", "postgres://u@:99/d?host=/run/pg", "u||/run/pg:99|d|disable||"}, {"", "postgres://u@:5432/d?host=/a,/b", "u||/a:5432 /b:5432|d|disable||"},
 		{"", "postgres://u@h1:1,h2:2/d?target_session_attrs=read-write", "u||h1:1 h2:2|d|require||read-write !"},
 		{"", "postgres://u@h1,h2/d?port=1,2", "u||h1:1 h2:2|d|require|| !"},
 		{"", "postgres://u@h1,h2/d?port=99", "u||h1:99 h2:99|d|require|| !"},
