@@ -38,7 +38,8 @@ func (a *authenticator) says(t testing.TB, want, user, token string) {
 		r.Header.Set("Authorization", "Bearer "+token)
 		r.Header.Set("Content-Type", "text/plain")
 		w := httptest.NewRecorder()
-		(&server{auth: a, users: userLimit{limit: 1, users: map[string]*userTurns{}}, log: slog.New(slog.DiscardHandler)}).handler().ServeHTTP(w, r)
+		s := &server{auth: a, users: userLimit{limit: 1, users: map[string]*userTurns{}}, log: slog.New(slog.DiscardHandler)}
+		s.handler().ServeHTTP(w, r)
 		if got := fmt.Sprint(w.Code, " ", w.Body); got != want {
 			t.Errorf("got %s, want %s: user %.99q, token %.999s", got, want, user, token)
 		}
@@ -327,7 +328,8 @@ func TestOneUsersRequestsWaitBeyondTheirShareHoldingNothing(t *testing.T) {
 	t.Parallel()
 	s := newServiceWithin(t, newDatabase(t), 4, time.Second)
 	head := func(user string) string {
-		return "POST /api/" + user + "/tasks HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + tokenFor(t, user) + "\r\nContent-Length: 20\r\n\r\n{"
+		return "POST /api/" + user + "/tasks HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + tokenFor(t, user) +
+			"\r\nContent-Length: 20\r\n\r\n{"
 	}
 	var slow []net.Conn
 	for range maxRequests {

@@ -219,7 +219,8 @@ func fill(b *testing.B, s *store) {
 	b.Helper()
 	for _, users := range []string{"'ann'", "'user' || (i - 1) % 100"} {
 		if err := exchange(context.Background(), s.db, fmt.Sprintf(`INSERT INTO tasks (user_id, title, description)
-			SELECT %s, 'task number ' || i, 'what is to be done about ' || i FROM generate_series(1, 1000) i`, users), nil, func([]driver.Value) {}); err != nil {
+			SELECT %s, 'task number ' || i, 'what is to be done about ' || i FROM generate_series(1, 1000) i`, users),
+			nil, func([]driver.Value) {}); err != nil {
 			b.Fatal(err)
 		}
 	}

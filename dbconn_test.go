@@ -58,7 +58,8 @@ func TestDatabaseURLsMeanWhatTheyMeanToPostgreSQL(t *testing.T) {
 		{"", "postgres://u@%2Frun%2Fpg:99/d", "u||/run/pg:99|d|disable||"},
 		{"", "postgres://u@/d?host=/run/pg&port=99", "u||/run/pg:99|d|disable||"},
 		{"", "postgres://u@/d?host=%2Frun%2Fp%20g", "u||/run/p g:5432|d|disable||"},
-		{"", "postgres://u@:99/d?host=/run/pg", "u||/run/pg:99|d|disable||"}, {"", "postgres://u@:5432/d?host=/a,/b", "u||/a:5432 /b:5432|d|disable||"},
+		{"", "postgres://u@:99/d?host=/run/pg", "u||/run/pg:99|d|disable||"},
+		{"", "postgres://u@:5432/d?host=/a,/b", "u||/a:5432 /b:5432|d|disable||"},
 		{"", "postgres://u@h1:1,h2:2/d?target_session_attrs=read-write", "u||h1:1 h2:2|d|require||read-write !"},
 		{"", "postgres://u@h1,h2/d?port=1,2", "u||h1:1 h2:2|d|require|| !"},
 		{"", "postgres://u@h1,h2/d?port=99", "u||h1:99 h2:99|d|require|| !"},
@@ -548,8 +549,10 @@ func TestTheServerEndsAStatementWhoseCancelRequestIsLost(t *testing.T) {
 		hold(t, database, `LOCK TABLE tasks`)
 		var group sync.WaitGroup
 		start := time.Now()
-		for i, request := range [][]string{{"POST", "/api/ann/tasks", `{"title":"x"}`}, {"POST", "/api/ann/tasks", `{"title":"x"}`, "Idempotency-Key", "k"},
-			{"PATCH", path, `{"title":"y"}`, "If-Match", "*"}, {"DELETE", path, "", "If-Match", `"x"`}, {"GET", path, ""}, {"GET", "/api/ann/tasks", ""},
+		for i, request := range [][]string{{"POST", "/api/ann/tasks", `{"title":"x"}`},
+			{"POST", "/api/ann/tasks", `{"title":"x"}`, "Idempotency-Key", "k"},
+			{"PATCH", path, `{"title":"y"}`, "If-Match", "*"}, {"DELETE", path, "", "If-Match", `"x"`},
+			{"GET", path, ""}, {"GET", "/api/ann/tasks", ""},
 			{"POST", "/api/ann/tasks", `{"title":"x"}`}, {"POST", "/api/ann/tasks", `{"title":"x"}`}} { // the last two share a statement
 			user := fmt.Sprint("user", i)
 			group.Go(func() {

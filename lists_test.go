@@ -65,7 +65,8 @@ func TestAListTakesWhatItsParametersAllow(t *testing.T) {
 	for query, want := range map[string]string{
 		"": all, "?": all, "?&&": all, "?unknown=1&%zz=%zz&LIMIT=x&limits=0": all, "?search=": all, "?search": all,
 		"?sort_by=id&order=asc": all, "?order=desc": "987654321",
-		"?is_completed=true": "13579", "?is_completed=1": "13579", "?is_completed=false": "2468", "?is_completed=0": "2468", "?is_completed=True": "13579", "?is_completed=FALSE": "2468",
+		"?is_completed=true": "13579", "?is_completed=1": "13579", "?is_completed=false": "2468", "?is_completed=0": "2468",
+		"?is_completed=True": "13579", "?is_completed=FALSE": "2468",
 		"?order=DESC": "987654321", "?order=Asc": all,
 		"?is_completed=x&is_completed=%30": "2468", "?i%73_completed=1": "13579",
 		"?search=NEEDLE": "258", "?search=SURE": "4", "?search=100": "2458", "?search=100%25": "4", "?search=%25": "4", "?search=_": "5",
@@ -130,9 +131,10 @@ func TestABadParameterOfAListIsNamed(t *testing.T) {
 		"search=%ED%A0%80": encoding("search", "%ED%A0%80"), "search=x&search=%C3": encoding("search", "%C3"),
 		"sort_by=": literal("sort_by", columns, ""), "sort_by=ID": literal("sort_by", columns, "ID"),
 		"sort_by=description": literal("sort_by", columns, "description"), "sort_by=id;--": literal("sort_by", columns, "id;--"),
-		"order=": literal("order", orders, ""), "order=descending": literal("order", orders, "descending"), "order=%22": literal("order", orders, `"`),
-		"order=%": encoding("order", "%"),
-		"limit=":  limit(""), "limit=x": limit("x"), "limit=1.5": limit("1.5"), "limit=0x1": limit("0x1"), "limit=1e2": limit("1e2"),
+		"order=": literal("order", orders, ""), "order=descending": literal("order", orders, "descending"),
+		"order=%22": literal("order", orders, `"`),
+		"order=%":   encoding("order", "%"),
+		"limit=":    limit(""), "limit=x": limit("x"), "limit=1.5": limit("1.5"), "limit=0x1": limit("0x1"), "limit=1e2": limit("1e2"),
 		"limit=%D9%A1": limit("١"), "limit=5&limit=": limit(""), "limit=%1": encoding("limit", "%1"),
 		"limit=0": small("0"), "limit=-1": small("-1"), "limit=-99999999999999999999": small("-99999999999999999999"),
 		"limit=1001": large("1001"), "limit=99999999999999999999": large("99999999999999999999"),
@@ -255,7 +257,8 @@ func TestAListHasATagThatChangesWithItsTasksOrderAndLinkOnly(t *testing.T) {
 	second := s.create(t, "ann", "x")
 	changes("two", list)
 	changes("the other way round", list+"?order=desc")
-	if tag("by title", "ann", list+"?sort_by=title&search=X") != tag("whole", "ann", list) || tag("a page", "ann", list+"?limit=2") != tag("whole", "ann", list) {
+	if tag("by title", "ann", list+"?sort_by=title&search=X") != tag("whole", "ann", list) ||
+		tag("a page", "ann", list+"?limit=2") != tag("whole", "ann", list) {
 		t.Error("the same tasks in the same order have two tags")
 	}
 	changes("a page with a link", list+"?limit=1")

@@ -117,7 +117,8 @@ func (a *answerRecorder) undescribed(r *http.Request) string {
 	}
 	headers, _ := at(response, "headers").(object)
 	for name := range headers {
-		if required := at(headers[name], "required") == true || name != "Link" && name != "Allow" && name != "ETag"; required && a.Header().Get(name) == "" {
+		required := at(headers[name], "required") == true || name != "Link" && name != "Allow" && name != "ETag"
+		if required && a.Header().Get(name) == "" {
 			return "the header " + name + " is missing"
 		}
 	}

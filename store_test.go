@@ -390,7 +390,8 @@ func TestOneUsersFloodLeavesRoomForOthers(t *testing.T) {
 
 func TestALostRaceForTheTableIsTriedAgain(t *testing.T) {
 	t.Parallel()
-	for code, ends := range map[pqerror.Code]bool{"42P07": false, "42701": false, "42710": false, "23505": false, "42P01": true, "23502": true} {
+	for code, ends := range map[pqerror.Code]bool{"42P07": false, "42701": false, "42710": false, "23505": false,
+		"42P01": true, "23502": true} {
 		if err := fmt.Errorf("wrapped: %w", &pq.Error{Code: code}); isStartupError(err) != ends {
 			t.Errorf("%s ends the start: %v", code, !ends)
 		}

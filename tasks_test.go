@@ -164,7 +164,8 @@ func newServiceOn(t testing.TB, auth *authenticator) *service {
 
 func newServiceOf(t testing.TB, auth *authenticator, st *store) *service {
 	logs := &logRecorder{}
-	s := &service{server: &server{auth: auth, store: st, users: userLimit{limit: maxRequests, timeout: st.timeout, users: map[string]*userTurns{}},
+	s := &service{server: &server{auth: auth, store: st,
+		users:   userLimit{limit: maxRequests, timeout: st.timeout, users: map[string]*userTurns{}},
 		origins: []string{"http://localhost:3000", "https://app.example.com"}, log: slog.New(logs)}, logs: logs}
 	ts := httptest.NewUnstartedServer(asDescribed(t, s.handler()))
 	ts.Config.DisableGeneralOptionsHandler = true
@@ -1180,16 +1181,20 @@ func TestABodyThatIsNotJSONSaysWhereInTheWordsOfEncodingJSON(t *testing.T) {
 		offset int // in bytes
 		msg    string
 	}{
-		{"\ufeff{}", 0, "invalid character 'ï' " + value}, {"  ", 2, end}, {"nul", 2, "invalid character ' ' in literal null (expecting 'l')"}, {"nulx", 3, "invalid character 'x' in literal null (expecting 'l')"},
+		{"\ufeff{}", 0, "invalid character 'ï' " + value}, {"  ", 2, end},
+		{"nul", 2, "invalid character ' ' in literal null (expecting 'l')"},
+		{"nulx", 3, "invalid character 'x' in literal null (expecting 'l')"},
 		{"{\"title\":\"\xff\"}", 10, "invalid UTF-8"}, {"{\"é\":\"\ufffdé\xc3\"}", 12, "invalid UTF-8"},
 		{"{\"a\":\"\xed\xa0\x80\"}", 6, "invalid UTF-8"}, {"\xff", 0, "invalid character 'ÿ' " + value},
 		{"title=x", 1, "invalid character 'i' in literal true (expecting 'r')"}, {"NaN", 0, "invalid character 'N' " + value},
 		{`{"title":"x"} x`, 14, "invalid character 'x' after top-level value"}, {"{}{}", 2, "invalid character '{' after top-level value"},
 		{"{}\x00", 2, `invalid character '\x00' after top-level value`}, {"01", 1, "invalid character '1' after top-level value"},
-		{`{"title":"x",}`, 13, "invalid character '}' looking for beginning of object key string"}, {`{"a" 1}`, 5, "invalid character '1' after object key"},
+		{`{"title":"x",}`, 13, "invalid character '}' looking for beginning of object key string"},
+		{`{"a" 1}`, 5, "invalid character '1' after object key"},
 		{`{"a":01}`, 6, "invalid character '1' after object key:value pair"}, {`{"title":`, 9, end}, {`{"title":"é`, 12, end},
 		{"\"a\nb\"", 2, `invalid character '\n' in string literal`}, {`"\x"`, 2, "invalid character 'x' in string escape code"},
-		{`"\u12g4"`, 5, `invalid character 'g' in \u hexadecimal character escape`}, {strings.Repeat("[", 10001), 10000, "invalid character '[' exceeded max depth"},
+		{`"\u12g4"`, 5, `invalid character 'g' in \u hexadecimal character escape`},
+		{strings.Repeat("[", 10001), 10000, "invalid character '[' exceeded max depth"},
 	} {
 		s.as(t, "ann", "POST", "/api/ann/tasks", test.body).is(t, 422, problems(invalidJSON(test.offset, test.msg)))
 	}
@@ -1202,7 +1207,8 @@ func TestABodyThatIsNotJSONSaysWhereInTheWordsOfEncodingJSON(t *testing.T) {
 
 // FuzzBody: what gets through is one JSON text in UTF-8, and a text of it is what encoding/json reads or is refused.
 func FuzzBody(f *testing.F) {
-	for _, seed := range []string{`{"title":"x","title":null,"Title":[1]}`, `{"title":"\ud83d\ude00","description":"\udc00\ud800\ud83d"}`, "\ufeff{}",
+	for _, seed := range []string{`{"title":"x","title":null,"Title":[1]}`, `{"title":"\ud83d\ude00","description":"\udc00\ud800\ud83d"}`,
+		"\ufeff{}",
 		"{\"title\":\"\xff\"}", "{} x", `{"a":01}`, `{"title":"\\ud800\u0000"}`, "nul", `"\u12`, " ", `{"title":"\uD83D\uDE00\uDBFF"}`} {
 		f.Add([]byte(seed))
 	}

@@ -175,7 +175,8 @@ func flood(s *suite) {
 // never end.
 func memory(s *suite) {
 	c, v := s.small("memory")
-	c.exec("memory", "INSERT INTO tasks (user_id, title, description) SELECT 'greedy', 'base', repeat('x', 1040000) FROM generate_series(1, 12)")
+	c.exec("memory", "INSERT INTO tasks (user_id, title, description) SELECT 'greedy', 'base', repeat('x', 1040000) "+
+		"FROM generate_series(1, 12)")
 	expiry := time.Now().Add(time.Hour).Unix()
 	head := "Host: x\r\nAuthorization: Bearer " + token("greedy", expiry) + "\r\n"
 	for i, attack := range []struct {
@@ -185,7 +186,8 @@ func memory(s *suite) {
 	}{
 		{"300 pages of large tasks, never read, of one user", 300, "GET /api/greedy/tasks?limit=1000 HTTP/1.1\r\n" + head + "\r\n"},
 		{"300 lists of large tasks, never read, of one user", 300, "GET /api/greedy/tasks HTTP/1.1\r\n" + head + "\r\n"},
-		{"600 bodies of 1 MiB that never end, of one user", 600, "POST /api/greedy/tasks HTTP/1.1\r\n" + head + "Content-Length: 1048576\r\n\r\n" +
+		{"600 bodies of 1 MiB that never end, of one user", 600, "POST /api/greedy/tasks HTTP/1.1\r\n" + head +
+			"Content-Length: 1048576\r\n\r\n" +
 			`{"title":"x","description":"` + strings.Repeat("x", 1040000)},
 	} {
 		r := s.row(attack.what)
@@ -253,7 +255,8 @@ func lostCancels(s *suite) {
 			if i%2 > 0 {
 				header = map[string][]string{"POST": {"Idempotency-Key", "k"}, "PATCH": {"If-Match", "*"}, "DELETE": {"If-Match", `"x"`}}[method]
 			}
-			response, err := http.DefaultClient.Do(newRequest(context.Background(), v.url(), fmt.Sprintf("user-%d", i), method, path, body, expiry, header...))
+			response, err := http.DefaultClient.Do(newRequest(context.Background(), v.url(), fmt.Sprintf("user-%d", i),
+				method, path, body, expiry, header...))
 			if must(err); response.StatusCode != http.StatusServiceUnavailable {
 				r.fault("%s %s: %s", method, path, response.Status)
 			}
