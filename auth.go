@@ -14,12 +14,10 @@ import (
 )
 
 const (
-	maxSubject  = 255 // bytes
-	maxRequests = 64  // of one user, at a time
-
+	maxSubject       = 255  // bytes
+	maxRequests      = 64   // of one user, at a time
 	maxVerified      = 4096 // tokens; when that many are remembered, all are forgotten
 	maxVerifiedBytes = 2048 // in one token; a longer one is verified each time
-
 )
 
 // owned guards a route: next runs only for the user whom both the token and the path name. Beyond maxRequests a

@@ -26,10 +26,10 @@ import (
 )
 
 const (
-	drainTime   = time.Second      // from the signal until the listener closes: balancers need to notice
-	finishTime  = 25 * time.Second // from the signal until requests in flight get a 503
-	abandonTime = 2 * time.Second  // from finishTime until connections are cut
-	demoUser    = "demo"           // in the line for a newcomer to paste
+	drainTime   = time.Second            // from the signal until the listener closes: balancers need to notice
+	finishTime  = 25 * time.Second       // from the signal until requests in flight get a 503
+	abandonTime = 2 * time.Second        // from finishTime until connections are cut
+	headStart   = 100 * time.Millisecond // for a database that is up, so that nobody gets a 503 at the start
 )
 
 func main() {
@@ -104,7 +104,6 @@ func serve(ctx context.Context, cfg config, stdout, stderr io.Writer) (err error
 		return fmt.Errorf("HOST or PORT: %w", err)
 	}
 	s.log.Info("listening", "address", listener.Addr().String())
-
 	// Requests live on after the signal, so their context is not that of the signals.
 	base, abandon := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer abandon(errStopping)
@@ -121,13 +120,17 @@ func serve(ctx context.Context, cfg config, stdout, stderr io.Writer) (err error
 		go s.auth.jwks.refresh(base)
 	}
 	failed := make(chan error, 2) // from bringUp and Serve: room for both, so that neither waits
-	go func() { failed <- httpServer.Serve(listener) }()
+	early, up := context.WithTimeout(signals, headStart)
 	go func() {
-		if err := s.bringUp(signals); err != nil && signals.Err() == nil {
+		<-early.Done()
+		failed <- httpServer.Serve(listener)
+	}()
+	go func() {
+		if err := s.bringUp(signals, up); err != nil && signals.Err() == nil {
 			failed <- err
 		} else if err == nil && cfg.development && cfg.secret != "" {
-			token := s.auth.developmentToken(demoUser, 24*time.Hour)
-			fmt.Fprintf(stdout, "curl -H 'Authorization: Bearer %s' http://%s/api/%s/tasks\n", token, listener.Addr(), demoUser)
+			token := s.auth.developmentToken("demo", 24*time.Hour)
+			fmt.Fprintf(stdout, "curl -H 'Authorization: Bearer %s' http://%s/api/demo/tasks\n", token, listener.Addr())
 		}
 	}()
 	select {
@@ -152,8 +155,7 @@ func newServer(cfg config, stderr io.Writer) *server {
 	for _, warning := range cfg.warnings {
 		logger.Warn(warning)
 	}
-	// The heap may grow to four times of what is in use, but beyond 128 MiB the garbage collector runs more often,
-	// unless the environment says how.
+	// The heap may grow to four times what is in use, up to some 128 MiB, unless the environment says how.
 	if os.Getenv("GOGC") == "" && os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetGCPercent(300)
 		debug.SetMemoryLimit(128 << 20)
@@ -166,12 +168,13 @@ func newServer(cfg config, stderr io.Writer) *server {
 }
 
 // bringUp reaches the database and applies the schema. It tries again as long as that may help, or until ctx ends.
-func (s *server) bringUp(ctx context.Context) error {
+func (s *server) bringUp(ctx context.Context, up func()) error {
 	for last := ""; ; {
 		err := s.store.applySchema(ctx)
 		switch {
 		case err == nil:
 			s.log.Info("ready")
+			up()
 			return nil
 		case isStartupError(err) || ctx.Err() != nil:
 			return fmt.Errorf("database: %w", err)

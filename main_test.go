@@ -408,3 +408,14 @@ func (d *deadlineRecorder) SetWriteDeadline(t time.Time) error {
 	d.deadlines = append(d.deadlines, t)
 	return nil
 }
+
+func TestAStartWithItsDatabaseUpBeginsWithoutA503(t *testing.T) {
+	t.Parallel()
+	database := newDatabase(t)
+	begin := time.Now()
+	p := start(t, t.TempDir(), productionOn(database))
+	p.await(t, "listening")
+	if got, _ := p.get("/ready"); got.status != 200 && time.Since(begin) < headStart {
+		t.Errorf("%d after %s", got.status, time.Since(begin))
+	}
+}

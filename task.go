@@ -67,8 +67,7 @@ func appendJSONString(b []byte, s string) []byte {
 // An instant is a time as PostgreSQL stores it: microseconds since the year 2000 began, in UTC.
 type instant int64
 
-// instantLayout is RFC 3339 in UTC with six decimals.
-const instantLayout = "2006-01-02T15:04:05.000000Z"
+const instantLayout = "2006-01-02T15:04:05.000000Z" // RFC 3339 in UTC with six decimals
 
 var epoch = time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC).UnixMicro()
 
