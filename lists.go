@@ -209,7 +209,7 @@ func (s *store) readChunk(ctx context.Context, user string, q listQuery, c *chun
 		maxBytes = pageBytes
 	}
 	query, args := q.statement(user, n+1)
-	return s.attempt(ctx, user, true, func(ctx context.Context) error {
+	return s.attempt(ctx, user, true, start == 0, func(ctx context.Context) error {
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
 		var last task

@@ -98,25 +98,30 @@ func arguments(values ...any) []driver.NamedValue {
 }
 
 // attempt runs f, which sends one statement, for a user: within the time limit, in the user's turn, and again after a
-// failure that left no trace. repeatable says that f may also be repeated when nobody knows whether it took effect.
-func (s *store) attempt(ctx context.Context, user string, repeatable bool, f func(context.Context) error) error {
+// failure that left no trace. repeatable says that f may also be repeated when nobody knows whether it took effect,
+// patient that the time limit begins anew when the turn has come.
+func (s *store) attempt(ctx context.Context, user string, repeatable, patient bool, f func(context.Context) error) error {
 	if !s.applied.Load() {
 		return errNoSchema
 	}
-	ctx, cancel := context.WithTimeout(ctx, s.timeout)
+	limited, cancel := context.WithTimeout(ctx, s.timeout)
 	defer cancel()
-	if err := s.users.enter(ctx, user); err != nil {
+	if err := s.users.enter(limited, user); err != nil {
 		return err
 	}
 	defer s.users.leave(user, true)
+	if patient {
+		limited, cancel = context.WithTimeout(ctx, s.timeout)
+		defer cancel()
+	}
 	for wait := time.Duration(0); ; wait = min(2*wait+10*time.Millisecond, 250*time.Millisecond) {
-		err := f(ctx)
+		err := f(limited)
 		if o := outcomeOf(err); err == nil || o != noTrace && (o != inDoubt || !repeatable) {
 			return err
 		}
 		select {
 		case <-time.After(wait):
-		case <-ctx.Done():
+		case <-limited.Done():
 			return fmt.Errorf("no time left to try again: %w", err)
 		}
 	}
@@ -160,7 +165,7 @@ func (s *store) single(ctx context.Context, b *batcher, m *member, query string,
 	if s.distributed.Load() {
 		b = nil
 	}
-	err = s.attempt(ctx, m.user, m.repeatable, func(ctx context.Context) error {
+	err = s.attempt(ctx, m.user, m.repeatable, false, func(ctx context.Context) error {
 		t, err = b.share(ctx, m, func() (task, error) { return s.one(ctx, m.user, query, args...) })
 		if err == errNotFound && m.times != nil {
 			if _, err = s.one(ctx, m.user, selectTask, m.user, m.id); err == nil {

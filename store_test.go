@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"database/sql/driver"
 	"errors"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/lib/pq"
@@ -396,4 +398,26 @@ func TestALostRaceForTheTableIsTriedAgain(t *testing.T) {
 			t.Errorf("%s ends the start: %v", code, !ends)
 		}
 	}
+}
+
+func TestTheTimeLimitCountsTheWaitForATurnButOfAListUnderWay(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := &store{timeout: time.Second, users: userLimit{limit: 1, timeout: time.Second, users: map[string]*userTurns{}}}
+		s.applied.Store(true)
+		for patient, want := range map[bool]time.Duration{false: 100 * time.Millisecond, true: time.Second} {
+			_ = s.users.enter(t.Context(), "ann")
+			time.AfterFunc(900*time.Millisecond, func() { s.users.leave("ann", true) })
+			err := s.attempt(t.Context(), "ann", true, patient, func(ctx context.Context) error {
+				deadline, _ := ctx.Deadline()
+				if left := time.Until(deadline); left != want {
+					t.Errorf("patient %t: %v left, want %v", patient, left, want)
+				}
+				return nil
+			})
+			if err != nil {
+				t.Error(err)
+			}
+		}
+	})
 }
