@@ -37,7 +37,7 @@ type response struct {
 // A handler answers a request, or returns why it cannot: an error that fail turns into the answer.
 type handler func(*response, *http.Request) error
 
-// ServeHTTP lets http.ServeMux call a handler. Its error goes to the middleware that made the response.
+// ServeHTTP lets http.ServeMux call a handler. It leaves the error in the response, since ServeMux returns none.
 func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	response := w.(*response)
 	response.err = h(response, r)
@@ -76,9 +76,8 @@ func (w *response) json(status int, body []byte) error {
 	return nil
 }
 
-// unchanged sets the entity tag. It answers 304 to a GET of a client that has what the tag stands for (RFC 9110
-// section 13.1.2).
-func (w *response) unchanged(r *http.Request, etag string) bool {
+// notModified sets the entity tag, and answers 304 if the client has what it stands for (RFC 9110 section 13.1.2).
+func (w *response) notModified(r *http.Request, etag string) bool {
 	w.Header()["Etag"] = []string{etag}
 	reads := r.Method == http.MethodGet || r.Method == http.MethodHead
 	if !reads || !parsePrecondition(r.Header["If-None-Match"]).matchesWeakly(etag) {
@@ -106,16 +105,16 @@ func (w *response) fail(r *http.Request, err error, development bool) {
 	if status == http.StatusUnauthorized {
 		w.Header().Set("WWW-Authenticate", "Bearer") // RFC 6750 section 3
 	}
-	if r.Header.Get("Expect") != "" { // the client waits for this answer
+	if r.Header.Get("Expect") != "" { // net/http must not wait for a body that will not come
 		_ = w.control.SetReadDeadline(time.Now())
-	} else if r.ContentLength != 0 { // to a client that is still sending the answer would be lost with the connection
+	} else if r.ContentLength != 0 { // a client that is still sending would get a reset instead of the answer
 		_, _ = io.CopyN(io.Discard, r.Body, 8<<20)
 	}
 	body, _ := json.Marshal(map[string]any{"detail": detail}) // no error: what it holds was JSON, or is text
 	_ = w.json(status, body)
 }
 
-// A publicError is an answer that says all there is to say.
+// A publicError is an error with a status and words for the client.
 type publicError struct {
 	status int
 	detail any // a sentence, or faults
@@ -147,8 +146,8 @@ var (
 	errJWKSDown = errors.New("the key of a token is unknown, and the JWKS endpoint cannot be asked")
 	errPanic    = errors.New("panic")
 	errNoRow    = errors.New("the database made no row, and gave no reason")
-	errNotSent  = errors.New("cannot connect")
-	errInDoubt  = errors.New("connection lost while the statement ran") // it may have taken effect
+	errNotSent  = errors.New("no connection")
+	errInDoubt  = errors.New("the statement may or may not have taken effect")
 )
 
 // recovered runs f, and makes an error of a panic.
@@ -165,7 +164,7 @@ func recovered(f func() error) (err error) {
 type outcome int
 
 const (
-	failed  outcome = iota // a 503
+	failed  outcome = iota // a 503, and no reason to send the statement again
 	noTrace                // a 503, but the statement can be sent again: it was not sent, or was rolled back for a passing reason
 	inDoubt                // a 503, and the statement may have taken effect
 	bug                    // a 500: a panic, bad data, a violated constraint, a wrong or refused statement
@@ -180,11 +179,11 @@ func outcomeOf(err error) outcome {
 	case errors.Is(err, errPanic), errors.Is(err, errNoRow):
 		return bug
 	case e == nil || slices.Contains([]pqerror.Code{"42P01", "42501", "57014"}, e.Code):
-		return failed // undefined_table, insufficient_privilege, query_canceled
+		return failed // undefined_table and insufficient_privilege, which an operator mends; query_canceled
 	case slices.Contains([]pqerror.Code{"40001", "40P01", "25006"}, e.Code):
 		return noTrace // serialization_failure, deadlock_detected, read_only_sql_transaction
 	case slices.Contains([]pqerror.Class{"08", "57"}, e.Code.Class()):
-		return inDoubt // connection exception (a pooler's words), operator intervention
+		return inDoubt // connection_exception (from a pooler), operator_intervention
 	case slices.Contains([]pqerror.Class{"0A", "22", "23", "26", "42"}, e.Code.Class()):
 		return bug
 	}
@@ -215,7 +214,7 @@ func (f *faults) addValueError(msg string, input []byte, loc ...any) {
 	f.add("value_error", "Value error, "+msg, input, map[string]any{"error": struct{}{}}, loc...)
 }
 
-// checkText checks that PostgreSQL can store a text, and that it has lower (0 or 1) to upper code points.
+// checkText checks that PostgreSQL can store a text, and that it has lower (at most 1) to upper code points.
 func (f *faults) checkText(text string, storable bool, lower, upper int, input []byte, loc ...any) {
 	switch n := utf8.RuneCountInString(text); {
 	case !storable || strings.ContainsRune(text, 0):

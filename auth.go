@@ -44,7 +44,7 @@ func owned(a *authenticator, users *userLimit, next func(*response, *http.Reques
 
 // bearer returns the token from the lines of the Authorization header (RFC 6750 section 2.1).
 func bearer(lines []string) (string, error) {
-	scheme, token, _ := strings.Cut(strings.Join(lines, "\t"), " ") // of two lines: with a tab
+	scheme, token, _ := strings.Cut(strings.Join(lines, "\t"), " ") // a second line adds a tab, which is refused
 	token = strings.Trim(token, " ")
 	if !strings.EqualFold(scheme, "Bearer") || token == "" || strings.ContainsAny(token, " \t") {
 		return "", errNoBearer
@@ -63,11 +63,11 @@ type authenticator struct {
 	verified         map[string]verified
 }
 
-// verified is what is left to check of a token that was found good: its expiry, and that the keys are still the same.
+// verified is what is remembered of a good token: its user, until when, and with which keys of the JWKS.
 type verified struct {
 	user    string
 	expires time.Time
-	keys    *jwkSet // that were known
+	keys    *jwkSet // then known
 }
 
 // newAuthenticator makes an authenticator. secret and jwksURL may be empty, as may issuer and audience, which then
@@ -81,7 +81,7 @@ func newAuthenticator(secret, jwksURL, issuer, audience string) *authenticator {
 		methods = append(methods, asymmetric...)
 	}
 	options := []jwt.ParserOption{jwt.WithValidMethods(methods), jwt.WithStrictDecoding(), jwt.WithExpirationRequired()}
-	options = append(options, jwt.WithIssuer(issuer)) // any, if it is empty; an audience would be required all the same
+	options = append(options, jwt.WithIssuer(issuer)) // an empty issuer is any, but an empty audience would be required
 	if audience != "" {
 		options = append(options, jwt.WithAudience(audience))
 	}
@@ -114,7 +114,7 @@ func (a *authenticator) subject(token string) (user string, err error) {
 	return v.user, nil
 }
 
-// verify has golang-jwt check all of a token but crit, which it leaves to its callers, and sub.
+// verify lets golang-jwt check a token, except for sub, and for crit, which golang-jwt leaves to its callers.
 func (a *authenticator) verify(token string) (v verified, err error) {
 	claims := jwt.MapClaims{}
 	_, err = a.parser.ParseWithClaims(token, claims, func(t *jwt.Token) (any, error) {
@@ -160,21 +160,20 @@ func (a *authenticator) developmentToken(user string, ttl time.Duration) string 
 	return token
 }
 
-// A userLimit bounds what one user can have under way, so that nobody's flood takes everything from the others.
-// What is beyond waits.
+// A userLimit bounds what one user can have under way, so that a flood leaves the others their part. More waits its turn.
 type userLimit struct {
 	limit   int
 	timeout time.Duration
 	mu      sync.Mutex
-	users   map[string]*userTurns // of users with something here
+	users   map[string]*userTurns // of the users who have or await a turn
 }
 
 type userTurns struct {
-	taken chan struct{} // has an element for each
-	here  int           // with those who wait
+	taken chan struct{} // a semaphore
+	here  int           // turns taken and awaited
 }
 
-// enter waits for a turn of the user's, to be ended by leave. It fails with errBusy after the timeout.
+// enter waits for a turn of the user's, to be ended by leave. It fails with errBusy after the timeout, or when ctx ends.
 func (l *userLimit) enter(ctx context.Context, user string) error {
 	l.mu.Lock()
 	own := l.users[user]
@@ -187,7 +186,7 @@ func (l *userLimit) enter(ctx context.Context, user string) error {
 	select {
 	case own.taken <- struct{}{}:
 		return nil
-	default:
+	default: // only now is a timer needed
 	}
 	select {
 	case own.taken <- struct{}{}: // who has waited longest comes first
@@ -199,7 +198,7 @@ func (l *userLimit) enter(ctx context.Context, user string) error {
 	return errBusy
 }
 
-// leave ends a turn, or the wait for one.
+// leave ends a turn, or the wait for one (entered is false).
 func (l *userLimit) leave(user string, entered bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

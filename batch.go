@@ -10,20 +10,20 @@ import (
 )
 
 const (
-	maxBatch     = 64      // requests in a statement
-	maxBatchText = 4 << 10 // bytes of a description that is sent with others; a longer one would hold them up
-	patience     = 5 * time.Millisecond
+	maxBatch     = 64                   // requests in a statement
+	maxBatchText = 4 << 10              // bytes of a description that is sent with others; a longer one would hold them up
+	patience     = 5 * time.Millisecond // for which a statement holds up the next one
 )
 
 // errAlone tells a request that its batch has neither answered nor changed anything for it.
 var errAlone = errors.New("not answered by the batch")
 
-// A batcher has requests of one kind that wait for the database at the same moment share one statement: a round trip
-// and a commit cost both sides far more than a row does. One that comes while none is under way goes out at once,
-// alone. Those that come meanwhile go out together, when that one has ended or has taken patience: so a statement
-// that waits, for a lock or on a bad connection, holds up nobody for long.
+// A batcher lets requests of one kind that wait for the database at the same moment share one statement: a round trip
+// and a commit cost both sides far more than a row does. A request that comes while none is under way goes out at once,
+// alone. Those that come meanwhile go out together, when that one has ended or its patience is over: so a statement that
+// waits, for a lock or on a bad connection, does not hold up the others for long.
 type batcher struct {
-	together func(context.Context, []*member) error //  answers those that it can
+	together func(context.Context, []*member) error // answers those that it can
 	mu       sync.Mutex
 	busy     bool // a statement that has not used up its patience is under way
 	waiting  []*member
@@ -42,11 +42,10 @@ type member struct {
 	err        error
 }
 
-// share answers m by a batch, or by alone, which runs a statement for m only: always if b is nil, if there is a
-// precondition, if the description is long, or if another request of the same user waits already: so the user of a
-// row tells whose answer it is.
+// share answers m by a batch, or by alone, which runs a statement for m only: if none is under way, if the description
+// is long, or if another request for the same task waits already, since a row's user and id tell whose answer it is.
 func (b *batcher) share(ctx context.Context, m *member, alone func() (task, error)) (task, error) {
-	if b == nil || m.times != nil || m.in.description != nil && len(*m.in.description) > maxBatchText {
+	if m.in.description != nil && len(*m.in.description) > maxBatchText {
 		return alone()
 	}
 	b.mu.Lock()
@@ -60,7 +59,7 @@ func (b *batcher) share(ctx context.Context, m *member, alone func() (task, erro
 		b.mu.Unlock()
 		return alone()
 	}
-	m = new(*m) // for another try has another
+	m = new(*m) // another try must not touch one that a batch may still hold
 	m.ctx, m.done, m.err = ctx, make(chan struct{}), errAlone
 	b.waiting = append(b.waiting, m)
 	b.mu.Unlock()
@@ -75,7 +74,7 @@ func (b *batcher) share(ctx context.Context, m *member, alone func() (task, erro
 	return m.task, m.err
 }
 
-// begin marks the beginning of a statement. The function it returns marks the end.
+// begin marks the beginning of a statement, and the function that it returns the end: defer b.begin()().
 func (b *batcher) begin() (end func()) {
 	next := sync.OnceFunc(b.next)
 	timer := time.AfterFunc(patience, next)
@@ -85,7 +84,7 @@ func (b *batcher) begin() (end func()) {
 	}
 }
 
-// next sends off those who wait, but who have given up.
+// next sends the waiting requests that have not been given up, as one statement.
 func (b *batcher) next() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -97,18 +96,18 @@ func (b *batcher) next() {
 	}
 }
 
-// run answers the members by one statement, which ends when all have left. What was refused or cancelled may have
-// been so for the sake of one, or for being a batch: alone, the others get their answers.
+// run answers the members by one statement, which ends when all have left. If it is refused or cancelled, one of them or
+// the batch itself may be the cause: then each runs a statement of its own.
 func (b *batcher) run(members []*member) {
 	defer b.begin()()
 	ctx, cancel := context.WithCancel(context.Background())
 	go func() {
 		for _, m := range members {
-			<-m.ctx.Done() // at the latest when it has its answer
+			<-m.ctx.Done() // attempt cancels it at the latest when it returns
 		}
 		cancel()
 	}()
-	err := recovered(func() error { return b.together(ctx, members) }) // here no net/http stands above
+	err := recovered(func() error { return b.together(ctx, members) }) // there is no other recover here
 	if o := outcomeOf(err); err != nil && o != inDoubt && o != noTrace && !errors.Is(err, errPanic) {
 		err = errAlone
 	}

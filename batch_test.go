@@ -325,12 +325,17 @@ func TestWhatGoesAlone(t *testing.T) {
 	t.Parallel()
 	b := &batcher{busy: true, waiting: []*member{{user: "ann", id: 7}}}
 	long := strings.Repeat("x", maxBatchText+1)
-	for what, m := range map[string]*member{"a second request about a task": {user: "ann", id: 7}, "a precondition": {times: []string{}},
+	for what, m := range map[string]*member{"a second request about a task": {user: "ann", id: 7},
 		"a long description": {in: changes{description: &long}}} {
 		got, err := b.share(t.Context(), m, func() (task, error) { return task{id: 7}, nil })
 		if err != nil || got.id != 7 || b.queue() != 1 {
 			t.Errorf("%s: %v, %v, %d wait", what, got, err, b.queue())
 		}
+	}
+	st := newService(t).store
+	st.updates.busy = true
+	if _, err := st.updateTask(t.Context(), "ann", 7, precondition{"x"}, changes{}); err != errNotFound {
+		t.Errorf("a precondition: %v", err)
 	}
 }
 

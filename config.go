@@ -63,7 +63,7 @@ func parseConfig(getenv func(string) string) (c config, err error) {
 	c.database, c.warnings, err = parseDatabaseURL(value("DATABASE_URL", ""), getenv)
 	check(err == nil, "DATABASE_URL %w", err)
 	check(c.secret != "" || c.jwksURL != "",
-		"BETTER_AUTH_SECRET or BETTER_AUTH_JWKS_URL is required: without one nobody can sign in; for development, `make run` sets one")
+		"BETTER_AUTH_SECRET or BETTER_AUTH_JWKS_URL is required: without one no token can be verified; for development, `make run` sets one")
 	check(c.secret == "" || len(c.secret) >= minSecret,
 		"BETTER_AUTH_SECRET has %d bytes and needs at least %d: make one with `openssl rand -base64 32`", len(c.secret), minSecret)
 	if unquoted(c.secret) != c.secret {
@@ -81,7 +81,7 @@ func parseConfig(getenv func(string) string) (c config, err error) {
 	check(err == nil || !strings.ContainsAny(c.host, "[]/: "), "HOST must be an address or a name of this machine, without brackets and port")
 	port, err := strconv.ParseUint(c.port, 10, 16)
 	check(err == nil && port > 0, "PORT must be a number from 1 to 65535")
-	c.poolSize, err = strconv.Atoi(value("DB_POOL_SIZE", "16")) // measured: 10 to 20 are best, under 6 writes lose half
+	c.poolSize, err = strconv.Atoi(value("DB_POOL_SIZE", "16")) // measured: 10 to 20 are best; below 6, writes lose half
 	check(err == nil && c.poolSize > 0, "DB_POOL_SIZE must be a positive number of connections")
 	c.poolTimeout, err = time.ParseDuration(value("DB_POOL_TIMEOUT", "5s"))
 	check(err == nil && c.poolTimeout > 0 && c.poolTimeout <= maxPoolTimeout,
@@ -102,7 +102,7 @@ func unquoted(value string) string {
 }
 
 // parseDatabaseURL turns a PostgreSQL URL (the manual's section "Connection URIs") into lib/pq's configuration, and
-// returns what the operator should be warned about. No error of it quotes the URL.
+// returns what the operator should be warned about. Its errors go on after the word DATABASE_URL, and do not quote it.
 func parseDatabaseURL(text string, getenv func(string) string) (cfg pq.Config, warnings []string, err error) {
 	text, query, err := libpqURL(text)
 	if err != nil {
@@ -112,7 +112,7 @@ func parseDatabaseURL(text string, getenv func(string) string) (cfg pq.Config, w
 	mode, root := params("sslmode", "PGSSLMODE"), params("sslrootcert", "PGSSLROOTCERT")
 	binding := params("channel_binding", "PGCHANNELBINDING")
 	hosts := strings.Split(cmp.Or(query.Get("hostaddr"), params("host", "PGHOST")), ",")
-	local := !slices.ContainsFunc(hosts, func(host string) bool { // no socket directory, and not loopback
+	local := !slices.ContainsFunc(hosts, func(host string) bool { // neither a socket (/… or @…) nor loopback
 		return host != "" && !filepath.IsAbs(host) && !strings.HasPrefix(host, "@") && !isLoopback(host)
 	})
 	if err := dropUnsupported(query, getenv); err != nil {
@@ -133,27 +133,27 @@ func parseDatabaseURL(text string, getenv func(string) string) (cfg pq.Config, w
 	case mode == "":
 		mode = "require"
 	}
-	if _, err := os.Stat(root); mode == "require" && !local && err != nil { // lib/pq passes over a file that is not there
+	if _, err := os.Stat(root); mode == "require" && !local && err != nil { // lib/pq ignores a file that is missing
 		warnings = append(warnings, "the connection to the database is encrypted, but the server's identity is not verified: "+
 			"use sslmode=verify-full&sslrootcert=system, or channel_binding=require")
 	}
 	query.Set("sslmode", mode)
 	query.Set("fallback_application_name", "taskflow")
-	query.Set("binary_parameters", "yes") // one round trip for each statement, so a transaction pooler cannot split it
+	query.Set("binary_parameters", "yes") // no separate Parse, which a transaction pooler could send to another server
 	if cfg, err = pq.NewConfig(text + query.Encode()); err != nil {
 		err = errors.New(cmp.Or(harmlessWords.FindString(err.Error()), "cannot be read") + encodingHint)
 	}
 	return cfg, warnings, err
 }
 
-// harmlessWords are those in front of what lib/pq's parser quotes: where a password holds what should have been
-// encoded, that may be a part of the password. An sslmode that it finds weak is a known one.
+// harmlessWords match the part of an error of lib/pq that cannot hold a piece of the password, as its quotations may
+// when the password holds what should have been encoded. Of all other errors they match the empty end.
 var harmlessWords = regexp.MustCompile(`wrong value for ("\w+"|\$\w+)|weak sslmode .*|$`)
 
 const encodingHint = ": is something to be encoded? In a user or password, write ? as %3F, # as %23, @ as %40, / as %2F, : as %3A, % as %25"
 
-// libpqURL moves the hosts and ports of a URL into its query, where lib/pq takes lists of them and socket directories. It
-// returns the URL up to the query.
+// libpqURL moves the hosts and ports of a URL into its query: only there does lib/pq take lists and socket directories.
+// It returns the URL up to its question mark, and the query.
 func libpqURL(text string) (string, url.Values, error) {
 	scheme, rest, ok := strings.Cut(text, "://")
 	scheme, _, _ = strings.Cut(scheme, "+") // SQLAlchemy's postgresql+psycopg2://
@@ -164,7 +164,7 @@ func libpqURL(text string) (string, url.Values, error) {
 		return "", nil, errors.New("must be a URL that begins with postgres:// or postgresql://")
 	}
 	rest, options, _ := strings.Cut(rest, "?")
-	query, err := url.ParseQuery(strings.ReplaceAll(options, "+", "%2B")) // here + is itself
+	query, err := url.ParseQuery(strings.ReplaceAll(options, "+", "%2B")) // in these URLs + is no space
 	end := strings.IndexByte(rest+"/", '/')
 	start := strings.LastIndexByte(rest[:end], '@') + 1
 	var hosts, ports []string
@@ -187,7 +187,7 @@ func libpqURL(text string) (string, url.Values, error) {
 	if hasPort {
 		query.Set("port", strings.Join(ports, ","))
 	}
-	if query.Get("ssl") == "true" || query.Get("requiressl") == "1" { // libpq's older words
+	if query.Get("ssl") == "true" || query.Get("requiressl") == "1" { // JDBC's word, and libpq's older one
 		query.Set("sslmode", "require")
 		query.Del("ssl")
 	}
@@ -202,15 +202,15 @@ var libpqOnly = [2][]string{
 	strings.Fields("oauth_client_id oauth_issuer require_auth requirepeer scram_client_key scram_server_key sslcrl sslcrldir sslpassword"),
 }
 
-// dropUnsupported takes what can be left out from the query, which the server would take for settings, and from the
-// environment (PGGSSENCMODE, …), where lib/pq refuses it.
+// dropUnsupported removes what can be left out from the query, where the server would take it for a setting, and from the
+// process's environment (PGGSSENCMODE, …), where lib/pq would refuse it.
 func dropUnsupported(query url.Values, getenv func(string) string) error {
-	for protects, names := range libpqOnly {
+	for list, names := range libpqOnly {
 		for _, name := range names {
 			variable := "PG" + strings.ToUpper(strings.ReplaceAll(name, "_", ""))
 			value := cmp.Or(query.Get(name), getenv(variable))
-			if value != "" && protects > 0 || value == "require" && name != "channel_binding" {
-				return fmt.Errorf("or %s asks for a protection by %s that the driver cannot give: leave it out", variable, name)
+			if value != "" && list == 1 || value == "require" && name != "channel_binding" {
+				return fmt.Errorf("or %s asks for %s, a protection that the driver cannot give: leave it out", variable, name)
 			}
 			query.Del(name)
 			_ = os.Unsetenv(variable)

@@ -9,7 +9,7 @@ import (
 	"strings"
 )
 
-// What a page may send and read beyond what the Fetch standard allows; the last four request headers are those of tracing.
+// What a page may send and read beyond what the Fetch standard allows by default; the last four request headers are those of tracing.
 const (
 	corsMethods = "GET, POST, PATCH, DELETE"
 	corsHeaders = "Authorization, Content-Type, If-Match, If-None-Match, Idempotency-Key, X-Request-ID, " +
@@ -22,7 +22,7 @@ const (
 func cors(origins []string, next handler) handler {
 	return func(w *response, r *http.Request) error {
 		h := w.Header()
-		h["Vary"] = []string{"Origin"} // also without an Origin: a cache must not hand this answer to a page
+		h["Vary"] = []string{"Origin"} // also without an Origin, or a cache could give this answer to a page
 		origin := r.Header["Origin"]
 		allowed := len(origin) == 1 && slices.Contains(origins, origin[0])
 		if allowed {
@@ -45,7 +45,7 @@ func cors(origins []string, next handler) handler {
 	}
 }
 
-// originPattern has the scheme and the port of an origin. A browser writes other letters of a host as xn--….
+// originPattern captures the scheme and the port of an origin. A browser writes the other letters of a host as xn--….
 var originPattern = regexp.MustCompile(`^(https?)://(?:[a-z0-9_-]+(?:\.[a-z0-9_-]+)*\.?|\[[0-9a-f:]+\])(?::([1-9][0-9]{0,4}))?$`)
 
 // parseOrigins reads a comma-separated list of origins, each just as a browser serialises it (HTML standard, "ASCII
@@ -60,7 +60,7 @@ func parseOrigins(list string) ([]string, error) {
 		case strings.Contains(origin, "*"):
 			return nil, errors.New("must list the origins: a wildcard would let every page act for the user")
 		case parts == nil, len(parts[2]) == 5 && parts[2] > "65535", slices.Contains([]string{"http80", "https443"}, parts[1]+parts[2]):
-			return nil, fmt.Errorf("must list origins like https://app.example.com; number %d is none: there must be http:// or https://, "+
+			return nil, fmt.Errorf("must list origins like https://app.example.com; entry %d is not one: there must be http:// or https://, "+
 				"a host in lower case (in its ASCII form, xn--…), perhaps a port other than the scheme's own, and nothing else", i+1)
 		}
 	}

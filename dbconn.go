@@ -36,14 +36,14 @@ type connector struct {
 
 // newConnector makes a connector. timeout limits connecting, shared by the hosts of the URL, and each statement.
 func newConnector(cfg pq.Config, timeout time.Duration) *connector {
-	inner, _ := pq.NewConnectorConfig(cfg) // which pq.NewConfig has judged
+	inner, _ := pq.NewConnectorConfig(cfg) // pq.NewConfig has checked it
 	return &connector{inner, timeout, timeout / time.Duration(1+len(cfg.Multi))}
 }
 
 // Connect opens a connection. Its error is errNotSent.
 func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
 	ctx, cancel := context.WithCancel(ctx)
-	defer cancel() // closes what is left of tries that came to nothing: lib/pq forgets one with sslmode=prefer
+	defer cancel() // closes what failed tries leave behind: with sslmode=prefer lib/pq does not close the one over TLS
 	each, dial := *c.Connector, &dialer{limit: c.handshake}
 	each.Dialer(dial)
 	inner, err := each.Connect(ctx)
@@ -51,7 +51,7 @@ func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
 		return nil, fmt.Errorf("%w: %w", errNotSent, err)
 	}
 	defer dial.conn.keep()
-	dial.limit = cancelGrace - 200*time.Millisecond // for a cancel request
+	dial.limit = cancelGrace - 200*time.Millisecond // for cancel requests, which must end first
 	conn := &conn{Conn: inner, QueryerContext: inner.(driver.QueryerContext), net: dial.conn, prepared: map[string]driver.Stmt{}}
 	if err := errors.Join(conn.checkDirect(ctx, c.timeout), conn.net.SetDeadline(time.Time{})); err != nil {
 		_ = conn.Close()
@@ -81,19 +81,19 @@ func (d *dialer) DialContext(ctx context.Context, network, address string) (net.
 // A netConn is the network connection under lib/pq, and under TLS where that is used.
 type netConn struct {
 	net.Conn
-	keep func() bool // has it outlive the context in which it was dialled
-	fate error       // of a statement whose answer is lost: errNotSent, and once something has gone out errInDoubt
+	keep func() bool // lets it outlive the context in which it was dialled
+	lost error       // what the loss of the connection means: errNotSent, or errInDoubt once a byte has gone out
 }
 
 func (c *netConn) Write(b []byte) (int, error) {
 	n, err := c.Conn.Write(b)
 	if n > 0 {
-		c.fate = errInDoubt
+		c.lost = errInDoubt
 	}
 	return n, err
 }
 
-// A conn is a connection as this file promises it. Statements go through run, by sql.Conn's Raw.
+// A conn is a connection that keeps these promises. Statements go through run, by sql.Conn's Raw.
 type conn struct {
 	driver.Conn
 	driver.QueryerContext // the same
@@ -103,11 +103,11 @@ type conn struct {
 	prepared              map[string]driver.Stmt // by their text
 }
 
-// IsValid is asked by database/sql before a connection goes back to the pool.
+// IsValid is called by database/sql before it puts a connection back into the pool.
 func (c *conn) IsValid() bool { return !c.broken && c.Conn.(driver.Validator).IsValid() }
 
-// ResetSession is asked by database/sql when it takes a connection from the pool, and throws it away at ErrBadConn.
-// Before a statement is sent, the server has nothing to say but that it is going away.
+// ResetSession is called by database/sql when it takes a connection from the pool; ErrBadConn discards the connection. An
+// idle server sends nothing unless it is going away.
 func (c *conn) ResetSession(context.Context) error {
 	raw, _ := c.net.Conn.(syscall.Conn).SyscallConn() // which all have that net.Dialer makes
 	var peeked error
@@ -121,23 +121,22 @@ func (c *conn) ResetSession(context.Context) error {
 	return nil
 }
 
-// checkDirect finds out whether this connection leads to one and the same server process for as long as it lives. A
-// transaction pooler has many clients share the processes; what one prepares or sets is then another's. It gives its
-// clients keys of its own making for cancel requests, where PostgreSQL gives its process number: they agree only
-// where there is no pooler. There the server is told to end by itself a statement that takes too long.
+// checkDirect finds out whether this connection leads to one server process. Through a transaction pooler it leads to
+// many, which prepare and set things for other clients, too. With the key for cancel requests comes a process number:
+// a pooler makes up one, which pg_backend_pid() does not return. A server itself is told to end statements in time.
 func (c *conn) checkDirect(ctx context.Context, timeout time.Duration) error {
-	key := reflect.ValueOf(c.Conn).Elem().FieldByName("pid") // not exported; were it renamed, all would count as pooled
-	if !key.IsValid() || !key.CanInt() {
+	pid := reflect.ValueOf(c.Conn).Elem().FieldByName("pid") // not exported; were it renamed, all would count as pooled
+	if !pid.IsValid() || !pid.CanInt() {
 		return nil
 	}
 	query := fmt.Sprintf(`SELECT set_config('statement_timeout', '%d', false) WHERE pg_backend_pid() = %d`,
-		(timeout + time.Second).Milliseconds(), key.Int())
+		(timeout + time.Second).Milliseconds(), pid.Int())
 	return c.run(ctx, query, nil, func([]driver.Value) { c.direct = true })
 }
 
-// run sends one statement and hands each row of its result to row; the slice, and what it holds, is then used again.
-// It has read the server's last word when it returns without an error. It fails with errNotSent when nothing was
-// sent, with errInDoubt when the answer was lost, and else with the server's own error.
+// run sends one statement and calls row with each row of the result, which row must not keep: the memory is used again.
+// If it returns no error, it has read all of the server's answer. It fails with errNotSent if nothing was sent, with
+// errInDoubt if the answer was lost, and else with the server's own error.
 func (c *conn) run(ctx context.Context, query string, args []driver.NamedValue, row func([]driver.Value)) error {
 	stop := context.AfterFunc(ctx, func() { time.AfterFunc(cancelGrace, func() { _ = c.net.Close() }) })
 	err := c.send(ctx, query, args, c.direct && args != nil, row)
@@ -148,7 +147,7 @@ func (c *conn) run(ctx context.Context, query string, args []driver.NamedValue, 
 	}
 	if err != nil && pq.As(err) == nil {
 		c.broken = true
-		err = fmt.Errorf("%w: %v", c.net.fate, err) // not %w: at driver.ErrBadConn database/sql would act by itself
+		err = fmt.Errorf("%w: %v", c.net.lost, err) // not %w: at driver.ErrBadConn database/sql would act by itself
 	} else if pq.As(err, "25006") != nil { // read_only_sql_transaction: no longer the primary
 		c.broken = true
 	}
@@ -170,7 +169,7 @@ func (c *conn) send(ctx context.Context, query string, args []driver.NamedValue,
 			c.prepared[query] = statement
 		}
 	}
-	c.net.fate = errNotSent // but for the preparation
+	c.net.lost = errNotSent // a preparation changes nothing
 	switch {
 	case err != nil:
 	case prepare:

@@ -433,8 +433,8 @@ func TestAWriteThatSentNothingIsNotASentStatement(t *testing.T) {
 	near, far := net.Pipe()
 	_ = far.Close()
 	c := &netConn{Conn: near}
-	if n, err := c.Write([]byte("x")); n > 0 || err == nil || c.fate != nil {
-		t.Errorf("wrote %d, %v; its fate: %v", n, err, c.fate)
+	if n, err := c.Write([]byte("x")); n > 0 || err == nil || c.lost != nil {
+		t.Errorf("wrote %d, %v; its fate: %v", n, err, c.lost)
 	}
 }
 

@@ -34,16 +34,16 @@ const (
 // asymmetric lists the algorithms that Better Auth can sign with (RFC 7518, RFC 8037).
 var asymmetric = []string{"EdDSA", "ES256", "ES512", "RS256", "PS256"}
 
-// A jwkSet holds public keys (RFC 7517) by their kid and each algorithm that they may verify.
+// A jwkSet maps "kid alg" to the public keys (RFC 7517) that may verify such tokens.
 type jwkSet map[string][]jwt.VerificationKey
 
-// A jwks is the key set that Better Auth publishes at url. Reading known keys waits for nothing.
+// A jwks is the key set that Better Auth publishes at url. What is known is read without waiting.
 type jwks struct {
 	url     string
 	client  *http.Client
 	known   atomic.Pointer[jwkSet]
-	turn    chan struct{} // full during a fetch
-	fetched time.Time     // when the last fetch started
+	turn    chan struct{} // full during a fetch: there is one at a time
+	started time.Time     // the last fetch
 	err     error         // of the last fetch
 }
 
@@ -58,7 +58,7 @@ func newJWKS(url string) *jwks {
 	return j
 }
 
-// isSafeURL takes https, and http to this machine: keys that came unprotected over a network could be anybody's.
+// isSafeURL reports whether text is a URL with https, or http to this machine: other keys could be anybody's.
 func isSafeURL(text string) bool {
 	u, err := url.Parse(text)
 	return err == nil && u.Hostname() != "" && (u.Scheme == "https" || u.Scheme == "http" && isLoopback(u.Hostname()))
@@ -83,7 +83,7 @@ func (j *jwks) refresh(ctx context.Context) {
 }
 
 // keysFor returns the keys that may verify a token: those with its kid that are meant for its algorithm. If there are
-// none it fetches the keys, unless that has just been done. It fails with errJWKSDown when that failed.
+// none it fetches the key set, unless that has just been done. It fails with errJWKSDown if the last fetch failed.
 func (j *jwks) keysFor(token *jwt.Token) (jwt.VerificationKeySet, error) {
 	kid, _ := token.Header["kid"].(string)
 	name := kid + " " + token.Method.Alg()
@@ -94,17 +94,17 @@ func (j *jwks) keysFor(token *jwt.Token) (jwt.VerificationKeySet, error) {
 			return jwt.VerificationKeySet{}, fmt.Errorf("%w: %w", errJWKSDown, err)
 		}
 	}
-	return jwt.VerificationKeySet{Keys: keys}, nil
+	return jwt.VerificationKeySet{Keys: keys}, nil // golang-jwt refuses a token for which there are none
 }
 
 // update fetches the keys, one fetch at a time. Within fetchInterval of the last one it returns how that ended.
 func (j *jwks) update() error {
 	j.turn <- struct{}{}
 	defer func() { <-j.turn }()
-	if time.Since(j.fetched) < fetchInterval {
+	if time.Since(j.started) < fetchInterval {
 		return j.err
 	}
-	j.fetched = time.Now()
+	j.started = time.Now()
 	var keys jwkSet
 	if keys, j.err = j.fetch(); j.err == nil {
 		j.known.Store(&keys)
@@ -166,7 +166,7 @@ func (s jwkSet) add(text []byte) (kid string, err error) {
 	case "EC P-521":
 		algorithms = []string{"ES512"}
 		key, err = ecdsa.ParseUncompressedPublicKey(elliptic.P521(), point)
-	case "RSA ":
+	case "RSA ": // without a crv
 		algorithms = []string{"RS256", "PS256"}
 		if n, e := new(big.Int).SetBytes(p.N), new(big.Int).SetBytes(p.E); n.BitLen() >= minRSABits && e.BitLen() < 32 && e.Int64() > 2 {
 			key = &rsa.PublicKey{N: n, E: int(e.Int64())}
@@ -176,7 +176,7 @@ func (s jwkSet) add(text []byte) (kid string, err error) {
 		algorithms = slices.DeleteFunc(algorithms, func(alg string) bool { return alg != p.Alg })
 	}
 	if err != nil || p.Kid == "" || key == nil || len(algorithms) == 0 || p.Use == "enc" {
-		return p.Kid, errors.Join(errors.New("not a signing key of a known type and algorithm with a kid"), err)
+		return p.Kid, errors.Join(errors.New("it has no kid, or is no signing key of a supported type and algorithm"), err)
 	}
 	for _, alg := range algorithms {
 		s[p.Kid+" "+alg] = append(s[p.Kid+" "+alg], key)

@@ -164,7 +164,7 @@ func TestEveryAlgorithmOfBetterAuthWorksEndToEnd(t *testing.T) {
 			ask(name+"2", alg, name+alg, 401, `{"detail":"Invalid token"}`)
 		}
 	}
-	s.auth.jwks.fetched = time.Time{} // as if five seconds had passed
+	s.auth.jwks.started = time.Time{} // as if five seconds had passed
 	ask("ed", "EdDSA", "unknown", 503, `{"detail":"Service temporarily unavailable"}`)
 	if better.Close(); fetches != 2 { // net/http's own repetition would be a third
 		t.Errorf("%d requests for two fetches", fetches)

@@ -21,9 +21,9 @@ import (
 
 const (
 	maxSearch  = 200     // code points
-	maxLimit   = 1000    // tasks on a page, which is what a list with limit is, or in a chunk of another list
-	pageBytes  = 1 << 20 // a page whose JSON passes this ends early
-	chunkBytes = 1 << 19 // the same for a chunk
+	maxLimit   = 1000    // tasks in a page (of a list with limit) or in a chunk (of one without)
+	pageBytes  = 1 << 20 // JSON with which a page ends early
+	chunkBytes = 1 << 19 // JSON with which a chunk ends early
 )
 
 // A listQuery is what GET .../tasks asks for.
@@ -42,9 +42,8 @@ type keyset struct {
 	id    int64
 }
 
-// listTasks sends a list that ends with its first chunk in one piece, with an entity tag, and a longer one chunk by
-// chunk, each once the connection to the database has been given back. A failure after the first chunk breaks the
-// connection to the client (see logged).
+// listTasks sends a list of one chunk in one piece, with an entity tag, and a longer one chunk by chunk. While it sends,
+// it holds no connection to the database. A failure after the first chunk breaks the client's connection (see logged).
 func (s *server) listTasks(w *response, r *http.Request, user string) error {
 	var f faults
 	q := f.listQuery(r, user)
@@ -64,30 +63,31 @@ func (s *server) listTasks(w *response, r *http.Request, user string) error {
 		case r.Context().Err() != nil:
 			return context.Cause(r.Context())
 		case errors.Is(err, errBusy) && !first:
-			continue // a list under way has time to wait for its turn
+			continue // waiting for its turn
 		case err != nil:
 			return err
+		case !first:
+			_ = w.control.SetWriteDeadline(time.Now().Add(writeTimeout))
 		}
 		if c.more && q.limit == 0 { // more than one part
 			if _, err := w.Write(c.json); err != nil || r.Method == http.MethodHead {
-				return nil // a client that went away needs no answer
+				return err
 			}
-			_ = w.control.SetReadDeadline(time.Time{}) // a GET's body, too, has been read by now
-			_ = w.control.SetWriteDeadline(time.Now().Add(writeTimeout))
+			_ = w.control.SetReadDeadline(time.Time{}) // net/http has read a GET's body by now; its deadline would end the list
 			q.after, c.json = c.last, c.json[:0]
 			continue
 		}
 		c.json = append(c.json, ']')
 		if !first {
-			_, _ = w.Write(c.json)
-			return nil
+			_, err = w.Write(c.json)
+			return err
 		}
 		link := ""
 		if c.more {
 			link = "<" + nextPage(user, r.URL.RawQuery, q.encodeCursor(user, *c.last)) + `>; rel="next"`
 			w.Header().Set("Link", link)
 		}
-		if w.unchanged(r, c.etag(link)) {
+		if w.notModified(r, c.etag(link)) {
 			return nil
 		}
 		return w.json(http.StatusOK, c.json)
@@ -96,7 +96,7 @@ func (s *server) listTasks(w *response, r *http.Request, user string) error {
 
 // nextPage returns the URL, as a path, of the same list from cursor on.
 func nextPage(user, rawQuery, cursor string) string {
-	query, _ := url.ParseQuery(strings.ReplaceAll(rawQuery, ";", "%3B")) // ; is data; what is broken is left out
+	query, _ := url.ParseQuery(strings.ReplaceAll(rawQuery, ";", "%3B")) // as in listQuery ; is data; what is broken is left out
 	query.Del("cursor")
 	return "/api/" + url.PathEscape(user) + "/tasks?" + query.Encode() + "&cursor=" + cursor
 }
@@ -188,11 +188,11 @@ func (q listQuery) place(t task) *keyset {
 }
 
 type chunk struct {
-	json  []byte  // its tasks, each behind a comma but the list's first
-	state []byte  // the id and the time of the last change of each task
+	json  []byte  // its tasks, each but the list's first behind a comma
+	state []byte  // the id and the updated_at of each
 	last  *keyset // of the last task
 	more  bool    // tasks follow
-	next  int     // how many tasks to ask for next
+	next  int     // tasks to ask for next: twice as many while few bytes come, as many as fitted when too many do
 }
 
 // etag identifies a list that is all in this chunk: the same tasks in the same states and order, with the same link.
@@ -201,8 +201,8 @@ func (c *chunk) etag(link string) string {
 	return `"` + base64.RawURLEncoding.EncodeToString(sum[:18]) + `"`
 }
 
-// readChunk reads the next tasks of a list in one statement and appends them to c: up to c.next, fewer when their JSON
-// passes a limit.
+// readChunk reads the next tasks of a list in one statement and appends them to c: up to c.next, fewer if their JSON
+// passes a limit. A list under way (start is 0) has time to wait for its turn.
 func (s *store) readChunk(ctx context.Context, user string, q listQuery, c *chunk) error {
 	start, n, maxBytes := len(c.json), c.next, chunkBytes
 	if q.limit > 0 {
@@ -240,8 +240,8 @@ func (s *store) readChunk(ctx context.Context, user string, q listQuery, c *chun
 	})
 }
 
-// statement composes the statement that reads n tasks from q.after on, and its arguments. Only words of this file go
-// into its text.
+// statement composes the statement that reads n tasks from q.after on, and its arguments. Its text has no words of a
+// client: sortBy is one of listQuery's.
 func (q listQuery) statement(user string, n int) (string, []driver.NamedValue) {
 	values := []any{user}
 	arg := func(value any) string {

@@ -4,7 +4,7 @@
 //	taskflow token [-ttl 1h] USER  print a token for USER (in development)
 //	taskflow healthcheck           ask the running service's /health; exit status 0 or 1
 //
-// Exit status 2 means a bad configuration or command line, 1 a failure to start or to stop. SIGTERM and SIGINT stop it: /ready
+// Exit status 2 means a bad configuration or command line, 1 any other failure. SIGTERM and SIGINT stop it: /ready
 // turns 503, after a second the listener closes, and requests in flight finish. A second signal ends it at once.
 package main
 
@@ -29,7 +29,7 @@ const (
 	drainTime   = time.Second            // from the signal until the listener closes: balancers need to notice
 	finishTime  = 25 * time.Second       // from the signal until requests in flight get a 503
 	abandonTime = 2 * time.Second        // from finishTime until connections are cut
-	headStart   = 100 * time.Millisecond // for a database that is up, so that nobody gets a 503 at the start
+	headStart   = 100 * time.Millisecond // how long the first request may wait for the database at a start, instead of a 503
 )
 
 func main() {
@@ -50,7 +50,7 @@ const usage = "usage: taskflow | taskflow token [-ttl 1h] USER | taskflow health
 func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
 	cfg, err := parseConfig(getenv)
 	switch command := strings.Join(args, " "); {
-	case command == "healthcheck": // a bad configuration has been reported by the service
+	case command == "healthcheck": // err does not matter: the service itself has reported it
 		return healthcheck(cfg)
 	case command != "" && args[0] != "token":
 		return configError{errors.New(usage)}
@@ -62,7 +62,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	return printToken(cfg, args[1:], stdout)
 }
 
-// printToken prints a development token alone, so that a shell can take it.
+// printToken prints a development token and nothing else, for TOKEN=$(taskflow token USER).
 func printToken(cfg config, args []string, stdout io.Writer) error {
 	flags := flag.NewFlagSet("taskflow token", flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
@@ -92,8 +92,8 @@ func healthcheck(cfg config) error {
 	return nil
 }
 
-// serve listens at once, brings up the database behind it, and serves until a signal comes or the database turns out
-// to be one that cannot be used.
+// serve listens at once, brings up the database behind it, and serves until a signal comes, or an error of the database
+// that waiting does not cure (isStartupError).
 func serve(ctx context.Context, cfg config, stdout, stderr io.Writer) (err error) {
 	signals, stopSignals := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
 	defer stopSignals()
@@ -107,12 +107,12 @@ func serve(ctx context.Context, cfg config, stdout, stderr io.Writer) (err error
 	// Requests live on after the signal, so their context is not that of the signals.
 	base, abandon := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer abandon(errStopping)
-	httpServer := &http.Server{ // limits for all that a stranger controls
+	httpServer := &http.Server{ // bodies and answers have their time limits in logged and response.Write
 		Handler:                      s.handler(),
 		ReadHeaderTimeout:            10 * time.Second,
 		MaxHeaderBytes:               64 << 10,
 		IdleTimeout:                  120 * time.Second,
-		ErrorLog:                     slog.NewLogLogger(s.log.Handler(), slog.LevelDebug), // nowhere: strangers' nonsense is no news
+		ErrorLog:                     slog.NewLogLogger(s.log.Handler(), slog.LevelDebug), // not logged: any client can cause these
 		BaseContext:                  func(net.Listener) context.Context { return base },
 		DisableGeneralOptionsHandler: true,
 	}
@@ -120,9 +120,9 @@ func serve(ctx context.Context, cfg config, stdout, stderr io.Writer) (err error
 		go s.auth.jwks.refresh(base)
 	}
 	failed := make(chan error, 2) // from bringUp and Serve: room for both, so that neither waits
-	early, up := context.WithTimeout(signals, headStart)
+	serveNow, up := context.WithTimeout(signals, headStart)
 	go func() {
-		<-early.Done()
+		<-serveNow.Done()
 		failed <- httpServer.Serve(listener)
 	}()
 	go func() {
@@ -144,8 +144,8 @@ func serve(ctx context.Context, cfg config, stdout, stderr io.Writer) (err error
 	}
 }
 
-// newServer makes the server that the configuration describes, without connecting to anything. Its log is text in
-// development and JSON in production, also for what calls slog directly.
+// newServer makes the server that the configuration describes, without connecting to anything. It also sets the
+// process's default logger (text in development, JSON in production) and the limits of its garbage collector.
 func newServer(cfg config, stderr io.Writer) *server {
 	logger := slog.New(slog.NewJSONHandler(stderr, nil))
 	if cfg.development {
@@ -155,7 +155,7 @@ func newServer(cfg config, stderr io.Writer) *server {
 	for _, warning := range cfg.warnings {
 		logger.Warn(warning)
 	}
-	// The heap may grow to four times what is in use, up to some 128 MiB, unless the environment says how.
+	// The heap may grow to four times what is in use, up to a soft limit, unless the environment has its own.
 	if os.Getenv("GOGC") == "" && os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetGCPercent(300)
 		debug.SetMemoryLimit(128 << 20)
@@ -167,7 +167,7 @@ func newServer(cfg config, stderr io.Writer) *server {
 	}
 }
 
-// bringUp reaches the database and applies the schema. It tries again as long as that may help, or until ctx ends.
+// bringUp applies the schema and then calls up. It tries again as long as that may help, or until ctx ends.
 func (s *server) bringUp(ctx context.Context, up func()) error {
 	for last := ""; ; {
 		err := s.store.applySchema(ctx)
@@ -196,6 +196,6 @@ func shutdown(httpServer *http.Server, abandon func()) error {
 	ctx, cancel := context.WithTimeout(context.Background(), finishTime+abandonTime)
 	defer cancel()
 	time.Sleep(drainTime)
-	_ = httpServer.Shutdown(ctx) // who reads nothing is not there to be waited for any longer
+	_ = httpServer.Shutdown(ctx) // its error says that connections are left, which Close cuts
 	return httpServer.Close()
 }

@@ -262,14 +262,14 @@ func TestWhatCannotWorkEndsTheStartAndSaysWhy(t *testing.T) {
 		{"port taken", append(productionOn(clusterConfig("postgres")), "PORT="+port), nil, 1,
 			[]string{"taskflow: HOST or PORT: listen tcp 127.0.0.1:" + port + ": bind: address already in use"}},
 		{"no such database", productionOn(clusterConfig("none")), nil, 1,
-			[]string{`{`, `taskflow: database: cannot connect: pq: database "none" does not exist (3D000)`}},
+			[]string{`{`, `taskflow: database: no connection: pq: database "none" does not exist (3D000)`}},
 		{"another machine's name", append(productionOn(clusterConfig("postgres")), "HOST=192.0.2.1"), nil, 1,
 			[]string{"taskflow: HOST or PORT: listen "}},
 		{"a host with a port", append(productionOn(clusterConfig("postgres")), "HOST=localhost:80"), nil, 2, []string{"taskflow: HOST "}},
 		{"a search path without a schema", append(productionOn(clusterConfig("template1")), "PGOPTIONS=-csearch_path=nowhere"), nil, 1,
 			[]string{`{`, `taskflow: database: pq: no schema has been selected to create in`}},
 		{"a setting that cannot be set", []string{secretVariable, productionOn(clusterConfig("template1"))[3] + "&ssl=false"}, nil, 1,
-			[]string{`time=`, `taskflow: database: cannot connect: pq: parameter "ssl" cannot be changed now (55P02)`}},
+			[]string{`time=`, `taskflow: database: no connection: pq: parameter "ssl" cannot be changed now (55P02)`}},
 		{"healthcheck of nobody", nil, []string{"healthcheck"}, 1, []string{"taskflow: healthcheck: "}},
 	}
 	for _, test := range tests {

@@ -1,5 +1,5 @@
 -- The schema of TaskFlow, applied at start as one implicit transaction; every statement may run again.
--- What it needs is a server whose encoding is UTF8, and for an existing table its owner.
+-- It needs a database in UTF8 and, for an existing table, to run as its owner.
 SELECT set_config('statement_timeout', '0', true), set_config('timezone', 'UTC', true);
 SELECT pg_advisory_xact_lock(7163384699739533921); -- "taskflow": one replica at a time
 
@@ -22,7 +22,7 @@ DO $$
 DECLARE
   types text := (SELECT string_agg(format_type(atttypid, atttypmod), ',' ORDER BY attname) FROM pg_attribute
     WHERE attrelid = 'tasks'::regclass AND attname IN ('id', 'user_id', 'title', 'description', 'created_at', 'updated_at'));
-  counter text := pg_get_serial_sequence('tasks', 'id');
+  id_sequence text := pg_get_serial_sequence('tasks', 'id');
 BEGIN
   IF current_setting('server_encoding') <> 'UTF8' THEN
     RAISE EXCEPTION 'the database must be encoded in UTF8, not %', current_setting('server_encoding');
@@ -41,13 +41,13 @@ BEGIN
     ALTER is_completed SET DEFAULT false, ALTER is_completed SET NOT NULL,
     ALTER created_at SET DEFAULT now(), ALTER created_at SET NOT NULL,
     ALTER updated_at SET DEFAULT now(), ALTER updated_at SET NOT NULL;
-  IF counter IS NULL THEN
+  IF id_sequence IS NULL THEN
     RAISE EXCEPTION 'the column id of the table tasks has no sequence of its own (SERIAL or IDENTITY)';
   END IF;
-  EXECUTE format('ALTER SEQUENCE %s AS bigint', counter);
+  EXECUTE format('ALTER SEQUENCE %s AS bigint', id_sequence);
   -- an id that was given once, also to a task deleted since, is not given again
   EXECUTE format('SELECT setval(%L, greatest((SELECT max(id) FROM tasks), last_value), is_called OR EXISTS (SELECT FROM tasks)) FROM %s',
-    counter, counter);
+    id_sequence, id_sequence);
 END $$;
 
 ALTER TABLE tasks

@@ -14,7 +14,7 @@ import (
 	"time"
 )
 
-const bodyTimeout = 30 * time.Second
+const bodyTimeout = 30 * time.Second // from the start of the request, so that waiting for a turn counts
 
 type server struct {
 	auth        *authenticator
@@ -24,18 +24,18 @@ type server struct {
 	log         *slog.Logger
 	development bool
 	draining    atomic.Bool // since the first signal
-	readiness   struct {    // what the database said last, to be asked again from next on
+	readiness   struct {    // the database's last answer; it is asked again after next
 		sync.Mutex
 		next time.Time
 		err  error
 	}
-	chunks sync.Pool // of *chunk, whose buffers lists use again
+	chunks sync.Pool // of *chunk, so that lists use their buffers again
 }
 
-// handler wires the way of a request: log and recover, CORS, route, token and owner (owned), handler.
+// handler wires the way of a request: log and recover, CORS, route, token and owner (owned), the route's own handler.
 func (s *server) handler() http.Handler { return s.logged(cors(s.origins, s.routes())) }
 
-// routes lists all there is. The handlers under own run only for the owner of the path.
+// routes has all routes. The handlers in own run only for the owner of the path.
 func (s *server) routes() handler {
 	mux, allow := http.NewServeMux(), map[string]string{}
 	handle := func(pattern string, h handler) {
@@ -55,14 +55,14 @@ func (s *server) routes() handler {
 	handle("PATCH /api/{user_id}/tasks/{task_id}", own(s.updateTask))
 	handle("DELETE /api/{user_id}/tasks/{task_id}", own(s.deleteTask))
 
-	for path, methods := range allow { // a pattern without a method has what the others leave
+	for path, methods := range allow { // a pattern without a method matches the methods that are left
 		mux.Handle(path, handler(func(w *response, _ *http.Request) error {
 			w.Header().Set("Allow", strings.TrimPrefix(methods, ", "))
 			return errMethodNotAllowed
 		}))
 	}
 	mux.Handle("/", handler(func(_ *response, r *http.Request) error {
-		r.Pattern = "" // which the log has as the route
+		r.Pattern = "" // no route in the log
 		return errNoRoute
 	}))
 	return func(w *response, r *http.Request) error {
@@ -78,8 +78,8 @@ func (s *server) routes() handler {
 var requestIDPattern = regexp.MustCompile(`^[A-Za-z0-9._-]+$`) // and at most 128 bytes
 
 // logged is outermost: it names the request, bounds its body in time, recovers from panics, answers with the error of
-// a handler, and writes the one log line. There a bug is an error, an outage a warning, and a request that its client
-// gave up has status 499, as nginx has it.
+// a handler, and writes the log line: a bug at the level of errors, an outage as a warning, and a request whose client
+// has gone away with status 499, as nginx does.
 func (s *server) logged(next handler) http.Handler {
 	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		start, w := time.Now(), &response{ResponseWriter: rw, control: http.NewResponseController(rw)}
@@ -96,17 +96,17 @@ func (s *server) logged(next handler) http.Handler {
 		}
 		if r.ContentLength != 0 {
 			_ = w.control.SetReadDeadline(start.Add(bodyTimeout))
-			_ = w.control.SetWriteDeadline(start.Add(bodyTimeout)) // for a 100 Continue
-			defer context.AfterFunc(r.Context(), func() { _ = w.control.SetReadDeadline(time.Now()) })()
+			_ = w.control.SetWriteDeadline(start.Add(bodyTimeout))                                       // for a 100 Continue
+			defer context.AfterFunc(r.Context(), func() { _ = w.control.SetReadDeadline(time.Now()) })() // ends reading at a stop
 		}
 		err := recovered(func() error { return next(w, r) })
 		gone := context.Cause(r.Context()) == context.Canceled // by net/http, when the client hung up
-		broken := err != nil && w.status != 0                  // after the beginning of an answer
+		broken := err != nil && w.status != 0                  // the answer had begun
 		if err != nil && !broken {
 			w.fail(r, err, s.development)
 		}
 		level, status, cause := slog.LevelInfo, w.status, slog.Attr{}
-		if _, public := err.(*publicError); err != nil && !public { // there the answer says it all
+		if _, public := err.(*publicError); err != nil && !public { // a public error that is not wrapped has no other cause
 			cause = slog.String("error", err.Error())
 			switch {
 			case outcomeOf(err) == bug:
@@ -123,7 +123,7 @@ func (s *server) logged(next handler) http.Handler {
 			slog.Int64("bytes", w.bytes), slog.String("user", w.user), slog.String("remote", r.RemoteAddr),
 			slog.String("request_id", id), cause)
 		if broken {
-			panic(http.ErrAbortHandler) // breaks the connection, so that nobody takes what has gone out for all
+			panic(http.ErrAbortHandler) // breaks the connection, so that nobody takes a part for the whole answer
 		}
 	})
 }
@@ -143,7 +143,7 @@ func (s *server) ready(w *response, r *http.Request) error {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), 2*time.Second)
 		defer cancel()
 		s.readiness.err = s.store.ready(ctx)
-		s.readiness.next = time.Now().Add(500 * time.Millisecond) // from the answer on: those who waited for it take it
+		s.readiness.next = time.Now().Add(500 * time.Millisecond) // counted from the answer, which those who waited for the lock take, too
 	}
 	if s.readiness.err != nil {
 		return s.readiness.err

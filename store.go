@@ -17,17 +17,16 @@ import (
 //go:embed schema.sql
 var schema string
 
-// A store holds the tasks in PostgreSQL. Each method about tasks runs one statement (single a second one, to tell 404
-// from 412). The owner is its first argument and first condition. A method fails with errNotFound, errModified or an error
-// of the database. README.md shows the way of a statement.
+// A store holds the tasks in PostgreSQL. Each method about tasks runs one statement, and fails with errNotFound,
+// errModified or an error of the database. README.md shows the way of a statement.
 type store struct {
 	db                        *sql.DB
 	probe                     *sql.DB // for readiness and schema; keeps no connection
 	timeout                   time.Duration
 	users                     userLimit // of statements
 	reads, creations, updates batcher
-	distributed               atomic.Bool // each statement is for one of several servers
-	applied                   atomic.Bool // the schema; before that nothing is asked
+	distributed               atomic.Bool // the table is on several servers: a statement should be for one of them
+	applied                   atomic.Bool // schema.sql, without which each statement fails with errNoSchema
 }
 
 // newStore makes a store without connecting. Requests share size connections; timeout is how long one may wait for the
@@ -39,7 +38,7 @@ func newStore(cfg pq.Config, size int, timeout time.Duration) *store {
 	s.db.SetMaxIdleConns(size)
 	s.db.SetConnMaxIdleTime(5 * time.Minute)
 	s.db.SetConnMaxLifetime(time.Hour)
-	s.probe.SetMaxIdleConns(-1) // the last connection that the server allows is for the requests
+	s.probe.SetMaxIdleConns(-1) // an idle probe must not keep the last connection that the server allows
 	owner, id := func(m *member) any { return m.user }, func(m *member) any { return m.id }
 	title, description := func(m *member) any { return m.in.title }, func(m *member) any { return m.in.description }
 	s.reads.together = s.together(selectTogether, owner, id)
@@ -97,9 +96,9 @@ func arguments(values ...any) []driver.NamedValue {
 	return args
 }
 
-// attempt runs f, which sends one statement, for a user: within the time limit, in the user's turn, and again after a
-// failure that left no trace. repeatable says that f may also be repeated when nobody knows whether it took effect,
-// patient that the time limit begins anew when the turn has come.
+// attempt runs f, which sends one statement for a user: within the time limit, in the user's turn, and again after a
+// failure that left no trace. repeatable means that f may also be repeated when nobody knows whether it took effect,
+// patient that the time limit begins anew once the turn has come.
 func (s *store) attempt(ctx context.Context, user string, repeatable, patient bool, f func(context.Context) error) error {
 	if !s.applied.Load() {
 		return errNoSchema
@@ -116,7 +115,7 @@ func (s *store) attempt(ctx context.Context, user string, repeatable, patient bo
 	}
 	for wait := time.Duration(0); ; wait = min(2*wait+10*time.Millisecond, 250*time.Millisecond) {
 		err := f(limited)
-		if o := outcomeOf(err); err == nil || o != noTrace && (o != inDoubt || !repeatable) {
+		if o := outcomeOf(err); err == nil || o != noTrace && !(o == inDoubt && repeatable) {
 			return err
 		}
 		select {
@@ -137,8 +136,8 @@ func exchange(ctx context.Context, db *sql.DB, query string, args []driver.Named
 	return c.Raw(func(c any) error { return c.(*conn).run(ctx, query, args, row) })
 }
 
-// taskColumns is what scanTask reads. timestamptz_send gives a time as eight bytes: unlike its text they depend on no
-// setting of the session, and unlike the cast to text Citus takes the function in RETURNING.
+// taskColumns is what scanTask reads. timestamptz_send gives a time as eight bytes, which depend on no setting of the
+// session; and Citus takes it in RETURNING, where it refuses a cast to text.
 const taskColumns = `id, title, description, is_completed, timestamptz_send(created_at), timestamptz_send(updated_at)`
 
 func scanTask(row []driver.Value, user string) task {
@@ -159,14 +158,15 @@ func (s *store) one(ctx context.Context, user, query string, args ...any) (t tas
 	return t, err
 }
 
-// single runs a statement about one task for m, alone or by a batch of b. When it finds no task that matches the
-// precondition, a second statement finds out whether there is one that does not: errNotFound or errModified.
+// single runs a statement about one task for m, alone or in a batch of b. If it finds no task that matches the
+// precondition, a second statement tells whether there is one that does not: errModified or errNotFound.
 func (s *store) single(ctx context.Context, b *batcher, m *member, query string, args ...any) (t task, err error) {
-	if s.distributed.Load() {
-		b = nil
-	}
 	err = s.attempt(ctx, m.user, m.repeatable, false, func(ctx context.Context) error {
-		t, err = b.share(ctx, m, func() (task, error) { return s.one(ctx, m.user, query, args...) })
+		if b == nil || m.times != nil || s.distributed.Load() {
+			t, err = s.one(ctx, m.user, query, args...)
+		} else {
+			t, err = b.share(ctx, m, func() (task, error) { return s.one(ctx, m.user, query, args...) })
+		}
 		if err == errNotFound && m.times != nil {
 			if _, err = s.one(ctx, m.user, selectTask, m.user, m.id); err == nil {
 				err = errModified
@@ -200,7 +200,7 @@ func (s *store) createTask(ctx context.Context, user, key string, in changes) (t
 		return s.single(ctx, nil, m, insertTaskOnce, user, in.title, in.description, key, in.hash())
 	}
 	t, err := s.single(ctx, &s.creations, &member{user: user, in: in}, insertTask, user, in.title, in.description)
-	if err == errNotFound { // a trigger has swallowed it
+	if err == errNotFound { // a trigger returned NULL
 		err = errNoRow
 	}
 	return t, err
@@ -215,9 +215,9 @@ func (c changes) hash() []byte {
 	return sum[:]
 }
 
-// assignments set what a request has changed, given as the columns of changed. The time moves on if and only if a
-// value does, and always forward. It is computed without a time zone, which Citus asks for in an UPDATE: there now()
-// must stand outside CASE, and what else is applied to a column must be IMMUTABLE.
+// assignments set what a request changes, given as the columns of changed. updated_at grows, by a microsecond at least,
+// if and only if a value changes. It is computed from times without a zone because Citus allows only IMMUTABLE functions
+// of a column in an UPDATE, and now() only outside CASE.
 const assignments = `title = coalesce(new_title, title),
 	description = CASE WHEN describes THEN new_description ELSE description END,
 	is_completed = coalesce(new_is_completed, is_completed),
@@ -248,16 +248,16 @@ func (s *store) deleteTask(ctx context.Context, user string, id int64, match pre
 	return err
 }
 
-// selectTogether looks each task up in the index, also by a plan that was made while the table was small, when reading
-// all of it seemed as good: that is what LATERAL and LIMIT say.
+// selectTogether looks each task up in the index: LATERAL and LIMIT ask for that, also in a plan that was made while the
+// table was small and a sequential scan looked cheap.
 const selectTogether = `SELECT ` + taskColumns + `, user_id FROM unnest($1::text[], $2::bigint[]) AS wanted (owner, task),
 	LATERAL (SELECT * FROM tasks WHERE user_id = owner AND id = task LIMIT 1) AS tasks`
 
 const insertTogether = `INSERT INTO tasks (user_id, title, description)
 	SELECT * FROM unnest($1::text[], $2::text[], $3::text[]) RETURNING ` + taskColumns + `, user_id`
 
-// updateTogether passes over tasks that are locked, so that it waits for nobody, nor two batches for each other. OFFSET
-// keeps the planner from joining in another order.
+// updateTogether skips tasks that are locked, so that batches neither wait nor deadlock. OFFSET keeps the planner from
+// joining in another order.
 const updateTogether = `UPDATE tasks SET ` + assignments + `
 	FROM (SELECT wanted.* FROM unnest($1::text[], $2::bigint[], $3::text[], $4::boolean[], $5::text[], $6::boolean[])
 			AS wanted (owner, task, new_title, describes, new_description, new_is_completed),
@@ -279,13 +279,13 @@ func (s *store) together(query string, columns ...func(*member) any) func(contex
 		}
 		return exchange(ctx, s.db, query, arguments(args...), func(row []driver.Value) {
 			t := scanTask(row, row[len(row)-1].(string))
-			var asker *member // of the same task; for a new one of the same text, or where a trigger has changed that, of the same user
+			var match *member // asked for this task; a new one has its id from here: of the user's, best one with the same text
 			for _, m := range members {
-				if m.err == errAlone && m.user == t.userID && (m.id == t.id || query == insertTogether && (asker == nil || m.in.made(t))) {
-					asker = m
+				if m.err == errAlone && m.user == t.userID && (m.id == t.id || query == insertTogether && (match == nil || m.in.made(t))) {
+					match = m
 				}
 			}
-			asker.task, asker.err = t, nil
+			match.task, match.err = t, nil
 		})
 	}
 }

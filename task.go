@@ -17,7 +17,7 @@ type task struct {
 	createdAt, updatedAt instant
 }
 
-// changes are what a POST or PATCH asks for: what is nil is not there, except description, which describes tells.
+// changes are what a POST or PATCH asks for: nil is absent, but for the description, where nil is null if describes is set.
 type changes struct {
 	title       *string
 	description *string
@@ -71,7 +71,7 @@ const instantLayout = "2006-01-02T15:04:05.000000Z" // RFC 3339 in UTC with six 
 
 var epoch = time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC).UnixMicro()
 
-// append appends the time in instantLayout: by way of time.RFC3339, the one layout that the standard library writes fast.
+// append appends the time in instantLayout: through time.RFC3339, a layout that the standard library writes fast.
 func (i instant) append(b []byte) []byte {
 	t := time.UnixMicro(epoch + int64(i)).UTC()
 	b = t.AppendFormat(b, time.RFC3339)
@@ -92,8 +92,8 @@ func isInstant(text string) bool {
 // etag returns the task's entity tag (RFC 9110 section 8.8.3): a strong one, since updated_at moves with every change.
 func (t *task) etag() string { return `"` + t.updatedAt.String() + `"` }
 
-// A precondition is the list of entity tags in If-Match or If-None-Match (RFC 9110 section 13.1), nil without the
-// header. It is split at commas, which no entity tag of this service contains: what is malformed matches nothing.
+// A precondition is the list of entity tags in If-Match or If-None-Match (RFC 9110 section 13.1); nil if there is no such
+// header. The list is split at commas, which no entity tag of this service contains; what is malformed matches nothing.
 type precondition []string
 
 func parsePrecondition(lines []string) (p precondition) {

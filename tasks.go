@@ -34,7 +34,7 @@ func (s *server) createTask(w *response, r *http.Request, user string) error {
 		return f.err()
 	}
 	t, err := s.store.createTask(r.Context(), user, key, in)
-	if err == errNotFound { // none that was made of this body
+	if err == errNotFound { // the key's task was made of another body
 		f.addValueError("this key was used with another title or description", quote(key), "header", "Idempotency-Key")
 		return f.err()
 	}
@@ -84,9 +84,9 @@ func taskID(r *http.Request) (id int64, f faults) {
 	return id, f
 }
 
-// writeTask answers with the task, unless err says that there is none.
+// writeTask answers with the task, or that it is unchanged. If err is not nil it returns it.
 func writeTask(w *response, r *http.Request, status int, t task, err error) error {
-	if err != nil || w.unchanged(r, t.etag()) {
+	if err != nil || w.notModified(r, t.etag()) {
 		return err
 	}
 	return w.json(status, t.appendJSON(make([]byte, 0, 512)))
@@ -97,15 +97,15 @@ var visiblePattern = regexp.MustCompile("^[!-~]+$") // of ASCII
 // idempotencyKey reads the header of that name, "" when there is none.
 func (f *faults) idempotencyKey(r *http.Request) string {
 	lines, ok := r.Header["Idempotency-Key"]
-	key := strings.Join(lines, ", ") // of two lines: no key
+	key := strings.Join(lines, ", ") // a second line adds a space, which is refused
 	if pattern := "^[!-~]{1,255}$"; ok && (len(key) > 255 || !visiblePattern.MatchString(key)) {
-		ctx := map[string]any{"pattern": pattern}
-		f.add("string_pattern_mismatch", "String should match pattern '"+pattern+"'", quote(key), ctx, "header", "Idempotency-Key")
+		msg := "String should match pattern '" + pattern + "'"
+		f.add("string_pattern_mismatch", msg, quote(key), map[string]any{"pattern": pattern}, "header", "Idempotency-Key")
 	}
 	return key
 }
 
-// changes reads the members that a POST (create) or a PATCH knows from the body, in field order.
+// changes reads the fields of a POST (create) or of a PATCH from its body. It adds their faults in field order.
 func (f *faults) changes(b body, create bool) (c changes) {
 	switch {
 	case len(b.raw) == 0 || string(b.raw) == "null":
@@ -123,7 +123,7 @@ func (f *faults) changes(b body, create bool) (c changes) {
 	if raw := b.members["description"]; raw != nil {
 		c.describes = true
 		if string(raw) != "null" {
-			c.description = f.text(raw, "description", 0, maxBody)
+			c.description = f.text(raw, "description", 0, maxBody) // no limit but the body's
 		}
 	}
 	if raw := b.members["is_completed"]; raw != nil && !create {
@@ -134,7 +134,7 @@ func (f *faults) changes(b body, create bool) (c changes) {
 	return c
 }
 
-// pairedEscape matches every escape but that of a surrogate without the other.
+// pairedEscape matches all escapes but those of lone surrogates: without what it matches, a backslash is one of those.
 var pairedEscape = regexp.MustCompile(`(?i)\\(?:[^u]|u(?:d[89ab]..\\ud[c-f]|d[0-7]|[^d]))`)
 
 func (f *faults) text(raw []byte, name string, lower, upper int) *string {
@@ -151,11 +151,10 @@ func (f *faults) text(raw []byte, name string, lower, upper int) *string {
 	return &text
 }
 
-// A body is the JSON text of a request without white space around it, empty when there was none, and the members of
-// the object that it is, by their exact names; nil when it is no object.
+// A body is the JSON of a request.
 type body struct {
-	raw     []byte
-	members map[string]json.RawMessage
+	raw     []byte                     // the text, without white space around it
+	members map[string]json.RawMessage // by their exact names; nil if it is not an object
 }
 
 func readBody(w *response, r *http.Request) (b body, err error) {
@@ -166,7 +165,7 @@ func readBody(w *response, r *http.Request) (b body, err error) {
 	switch {
 	case len(text) > maxBody:
 		return b, errBodyTooLarge
-	case context.Cause(r.Context()) == errStopping: // net/http itself cancels the context when a read fails
+	case context.Cause(r.Context()) == errStopping: // not Err: net/http cancels the context when a read fails
 		return b, fmt.Errorf("reading the body: %w", errStopping)
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return b, errBodySlow
@@ -175,7 +174,7 @@ func readBody(w *response, r *http.Request) (b body, err error) {
 	}
 	_ = w.control.SetReadDeadline(time.Time{})
 	if lines, ok := r.Header["Content-Type"]; ok {
-		media, _, err := mime.ParseMediaType(strings.Join(lines, ", ")) // of two lines: malformed
+		media, _, err := mime.ParseMediaType(strings.Join(lines, ", ")) // a second line makes it malformed
 		if err != nil || media != "application/json" && !(strings.Contains(media, "/") && strings.HasSuffix(media, "+json")) {
 			return b, errMediaType
 		}
@@ -200,7 +199,7 @@ func (b *body) parse(text []byte) error {
 		}
 	case utf8.Valid(text):
 		return nil
-	default: // encoding/json would repair it without a word
+	default: // encoding/json silently replaces it
 		for r, n := utf8.DecodeRune(text); r != utf8.RuneError || n > 1; r, n = utf8.DecodeRune(text[offset:]) {
 			offset += n
 		}
