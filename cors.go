@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/url"
 	"regexp"
 	"slices"
 	"strings"
@@ -53,13 +54,13 @@ var originPattern = regexp.MustCompile(`^(https?)://(?:[a-z0-9_-]+(?:\.[a-z0-9_-
 func parseOrigins(list string) ([]string, error) {
 	origins := strings.Split(list, ",")
 	for i, origin := range origins {
-		origin = strings.Trim(origin, " \t")
-		origins[i] = origin
-		parts := originPattern.FindStringSubmatch(origin)
+		origins[i] = strings.Trim(origin, " \t")
+		parts := originPattern.FindStringSubmatch(origins[i])
+		_, err := url.Parse(origins[i]) // for an IPv6 address
 		switch {
 		case strings.Contains(origin, "*"):
 			return nil, errors.New("must list the origins: a wildcard would let every page act for the user")
-		case parts == nil, len(parts[2]) == 5 && parts[2] > "65535", slices.Contains([]string{"http80", "https443"}, parts[1]+parts[2]):
+		case err != nil, parts == nil, len(parts[2]) == 5 && parts[2] > "65535", slices.Contains([]string{"http80", "https443"}, parts[1]+parts[2]):
 			return nil, fmt.Errorf("must list origins like https://app.example.com; entry %d is not one: there must be http:// or https://, "+
 				"a host in lower case (in its ASCII form, xn--…), perhaps a port other than the scheme's own, and nothing else", i+1)
 		}
