@@ -96,9 +96,8 @@ func arguments(values ...any) []driver.NamedValue {
 	return args
 }
 
-// attempt runs f, which sends one statement for a user: within the time limit, in the user's turn, and again after a
-// failure that left no trace. repeatable means that f may also be repeated when nobody knows whether it took effect,
-// patient that the time limit begins anew once the turn has come.
+// attempt runs f, which sends one statement, in the user's turn and within the time limit, and again after a failure that
+// left no trace; if repeatable, also after one in doubt. If patient, the limit begins anew once the turn has come.
 func (s *store) attempt(ctx context.Context, user string, repeatable, patient bool, f func(context.Context) error) error {
 	if !s.applied.Load() {
 		return errNoSchema
