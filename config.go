@@ -178,7 +178,7 @@ func libpqURL(text string) (string, url.Values, error) {
 		err = cmp.Or(err, escapeErr)
 		hosts, ports, hasPort = append(hosts, host), append(ports, cmp.Or(port, "5432")), hasPort || port != ""
 	}
-	if err != nil {
+	if err != nil || strings.Contains(rest, "#") { // which lib/pq would take for the beginning of a fragment
 		return "", nil, errors.New("has a broken percent-encoding" + encodingHint)
 	}
 	if list := strings.Join(hosts, ","); list != "" { // else the query's own host counts
