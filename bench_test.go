@@ -1,9 +1,7 @@
 package main
 
 import (
-	"context"
 	"crypto/ed25519"
-	"database/sql/driver"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -21,76 +19,35 @@ import (
 	"time"
 
 	"github.com/golang-jwt/jwt/v5"
+	"github.com/lib/pq"
 )
 
-// Each part of a request stands beside a baseline that is measured in the same run. `make bench` reads
-// them with benchstat; the service as a whole is measured beside its peers with a load generator.
+// Each part stands beside a baseline that is measured in the same run. `make bench` reads them with benchstat; the service
+// as a whole is measured beside its peers with a load generator.
 
+// BenchmarkToken: a token is verified when it comes for the first time, and then remembered.
 func BenchmarkToken(b *testing.B) {
-	a := newAuthenticator(testSecret, "", "", "")
-	token := tokenFor(b, "ann")
+	bySecret, byJWKS := newAuthenticator(testSecret, "", "", ""), newAuthenticator("", "http://localhost", "", "")
 	public, private, _ := ed25519.GenerateKey(nil)
+	byJWKS.jwks.known.Store(&jwkSet{"k EdDSA": {public}})
 	eddsa := jwt.NewWithClaims(jwt.SigningMethodEdDSA, jwt.MapClaims{"sub": "ann", "exp": time.Now().Add(time.Hour).Unix()})
 	eddsa.Header["kid"] = "k"
-	signed, _ := eddsa.SignedString(private)
-	byJWKS := newAuthenticator("", "http://localhost", "", "")
-	byJWKS.jwks.known.Store(&jwkSet{"k EdDSA": {public}})
-	again := func(a *authenticator, token string) func(*testing.B) {
-		return func(b *testing.B) {
+	for alg, a := range map[string]*authenticator{"HS256": bySecret, "EdDSA": byJWKS} {
+		token := tokenFor(b, "ann")
+		if alg == "EdDSA" {
+			token = must(eddsa.SignedString(private))
+		}
+		b.Run(alg+"-first", func(b *testing.B) {
 			for b.Loop() {
-				if _, err := a.subject(token); err != nil {
-					b.Fatal(err)
-				}
+				must(a.verify(token))
 			}
-		}
-	}
-	first := func(a *authenticator, token string) func(*testing.B) {
-		return func(b *testing.B) {
+		})
+		b.Run(alg+"-again", func(b *testing.B) {
 			for b.Loop() {
-				if _, err := a.verify(token); err != nil {
-					b.Fatal(err)
-				}
+				must(a.subject(token))
 			}
-		}
+		})
 	}
-	b.Run("HS256-first", first(a, token))
-	b.Run("HS256-again", again(a, token))
-	b.Run("EdDSA-first", first(byJWKS, signed))
-	b.Run("EdDSA-again", again(byJWKS, signed))
-	b.Run("baseline=golang-jwt", func(b *testing.B) {
-		for b.Loop() {
-			if _, err := jwt.Parse(token, func(*jwt.Token) (any, error) { return a.secret, nil },
-				jwt.WithExpirationRequired()); err != nil {
-				b.Fatal(err)
-			}
-		}
-	})
-}
-
-func BenchmarkDecode(b *testing.B) {
-	text := []byte(`{"title": "Write the release notes", "description": "with every change since \"1.0\"", "is_completed": false}`)
-	b.Run("ours", func(b *testing.B) {
-		for b.Loop() {
-			var parsed body
-			var f faults
-			err := parsed.parse(text)
-			if in := f.changes(parsed, false); err != nil || f != nil || in.title == nil {
-				b.Fatal(err, f)
-			}
-		}
-	})
-	b.Run("baseline=encoding-json", func(b *testing.B) {
-		for b.Loop() {
-			var in struct {
-				Title       *string `json:"title"`
-				Description *string `json:"description"`
-				IsCompleted *bool   `json:"is_completed"`
-			}
-			if err := json.Unmarshal(text, &in); err != nil {
-				b.Fatal(err)
-			}
-		}
-	})
 }
 
 func BenchmarkEncode(b *testing.B) {
@@ -105,57 +62,13 @@ func BenchmarkEncode(b *testing.B) {
 	b.Run("baseline=encoding-json", func(b *testing.B) {
 		same := taskJSON{t.id, t.userID, t.title, &t.description, t.isCompleted, t.createdAt.String(), t.updatedAt.String()}
 		for b.Loop() {
-			if _, err := json.Marshal(same); err != nil {
-				b.Fatal(err)
-			}
+			must(json.Marshal(same))
 		}
 	})
 }
 
-func BenchmarkCORS(b *testing.B) {
-	inner := handler(func(*response, *http.Request) error { return nil })
-	for name, h := range map[string]handler{"ours": cors([]string{"http://localhost:3000"}, inner), "baseline=none": inner} {
-		b.Run(name, func(b *testing.B) {
-			r := httptest.NewRequest("GET", "/", nil)
-			r.Header.Set("Origin", "http://localhost:3000")
-			for b.Loop() {
-				_ = h(&response{ResponseWriter: httptest.NewRecorder()}, r)
-			}
-		})
-	}
-}
-
-// BenchmarkStore runs each statement, beside the cheapest one that there is.
-func BenchmarkStore(b *testing.B) {
-	s := newStore(newDatabase(b), 4, 10*time.Second)
-	defer s.close()
-	ctx, title, c := context.Background(), "a title", chunk{}
-	s.applied.Store(true)
-	fill(b, s)
-	for name, f := range map[string]func() error{
-		"task":           func() error { _, err := s.readTask(ctx, "ann", 7); return err },
-		"createTask":     func() error { _, err := s.createTask(ctx, "bob", "", changes{title: &title}); return err },
-		"createTask-key": func() error { _, err := s.createTask(ctx, "bob", "key", changes{title: &title}); return err },
-		"updateTask": func() error {
-			_, err := s.updateTask(ctx, "ann", 7, nil, changes{title: &title})
-			return err
-		},
-		"chunk-20":          func() error { return s.readChunk(ctx, "ann", listQuery{sortBy: "id", limit: 20}, &c) },
-		"chunk-1000":        func() error { return s.readChunk(ctx, "ann", listQuery{sortBy: "id", limit: 1000}, &c) },
-		"baseline=SELECT-1": func() error { return exchange(ctx, s.db, `SELECT $1::int`, arguments("1"), func([]driver.Value) {}) },
-	} {
-		b.Run(name, func(b *testing.B) {
-			for b.Loop() {
-				if err := f(); err != nil {
-					b.Fatal(err)
-				}
-			}
-		})
-	}
-}
-
-// BenchmarkHandler sends whole requests over 32 loopback connections, beside /health, which asks no database,
-// and beside pgbench, which runs the same statement on 32 connections and does nothing else.
+// BenchmarkHandler sends whole requests over 32 loopback connections, beside pgbench, which runs the same statement on
+// 32 connections and does nothing else.
 func BenchmarkHandler(b *testing.B) {
 	const clients = 32
 	database := newDatabase(b)
@@ -163,13 +76,13 @@ func BenchmarkHandler(b *testing.B) {
 	s.log = slog.New(slog.NewJSONHandler(io.Discard, nil))
 	plain := httptest.NewServer(s.handler()) // without the comparison of each answer with openapi.json
 	defer plain.Close()
-	fill(b, s.store)
+	fill(b, database)
 	http.DefaultTransport.(*http.Transport).MaxIdleConnsPerHost = clients
 	var tokens [100]string
 	for i := range tokens {
 		tokens[i] = "Bearer " + tokenFor(b, fmt.Sprint("user", i))
 	}
-	const one, columns = ` WHERE user_id = 'user' || :user AND id = 1000 + :i`, ` RETURNING ` + taskColumns
+	const one, columns = ` WHERE user_id = 'user' || :user AND id = 1001 + :i`, ` RETURNING ` + taskColumns
 	for _, request := range []struct{ name, method, path, body, statement string }{
 		{"get", "GET", "/api/user%d/tasks/%d", "", `SELECT ` + taskColumns + ` FROM tasks` + one},
 		{"list-10", "GET", "/api/user%d/tasks?%d", "",
@@ -178,7 +91,6 @@ func BenchmarkHandler(b *testing.B) {
 			`UPDATE tasks SET title = 'new', updated_at = now()` + one + columns},
 		{"create", "POST", "/api/user%d/tasks?%d", `{"title": "new"}`,
 			`INSERT INTO tasks (user_id, title) VALUES ('new' || :user, 'new')` + columns},
-		{"health", "GET", "/health?%d,%d", "", ""},
 	} {
 		var next atomic.Int64
 		b.Run(request.name+"/service", func(b *testing.B) {
@@ -195,18 +107,12 @@ func BenchmarkHandler(b *testing.B) {
 				}
 			})
 		})
-		if request.statement == "" {
-			continue
-		}
 		script := filepath.Join(b.TempDir(), "script")
 		text := "\\set i random(0, 999)\n\\set user :i % 100\n" + request.statement + ";\n"
-		if err := os.WriteFile(script, []byte(text), 0o600); err != nil {
-			b.Fatal(err)
-		}
+		must(0, os.WriteFile(script, []byte(text), 0o600))
 		b.Run(request.name+"/baseline=pgbench", func(b *testing.B) {
 			out, err := exec.Command("pgbench", "-n", "-M", "prepared", "-c", strconv.Itoa(clients), "-j", "2", "-t",
-				strconv.Itoa(b.N/clients+1),
-				"-f", script, "-h", database.Host, "-U", database.User, database.Database).CombinedOutput()
+				strconv.Itoa(b.N/clients+1), "-f", script, "-h", database.Host, "-U", database.User, database.Database).CombinedOutput()
 			if err != nil || !strings.Contains(string(out), "number of failed transactions: 0 ") {
 				b.Fatal(err, string(out))
 			}
@@ -214,14 +120,10 @@ func BenchmarkHandler(b *testing.B) {
 	}
 }
 
-// fill gives ann 1,000 tasks among those of 100 others.
-func fill(b *testing.B, s *store) {
+// fill gives ann the tasks 1 to 1,000, and the next 1,000 to 100 others in turn.
+func fill(b *testing.B, database pq.Config) {
 	b.Helper()
-	for _, users := range []string{"'ann'", "'user' || (i - 1) % 100"} {
-		if err := exchange(context.Background(), s.db, fmt.Sprintf(`INSERT INTO tasks (user_id, title, description)
-			SELECT %s, 'task number ' || i, 'what is to be done about ' || i FROM generate_series(1, 1000) i`, users),
-			nil, func([]driver.Value) {}); err != nil {
-			b.Fatal(err)
-		}
-	}
+	ask(b, database, `INSERT INTO tasks (user_id, title, description)
+		SELECT CASE WHEN i < 1000 THEN 'ann' ELSE 'user' || i % 100 END, 'task number ' || i, 'what is to be done about ' || i
+		FROM generate_series(0, 1999) i`)
 }
