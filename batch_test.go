@@ -2,38 +2,34 @@ package main
 
 import (
 	"context"
-	"errors"
+	"database/sql/driver"
+	"encoding/json"
 	"fmt"
 	"log/slog"
 	"os"
 	"regexp"
-	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
 
 // shareAll has n requests wait at the same moment, and lets them go as the batches they make.
-func (b *batcher) shareAll(t testing.TB, n int, request func(i int), before ...func()) {
+func (b *batcher) shareAll(t testing.TB, n int, request func(i int)) {
 	t.Helper()
 	eventually(t, "nothing is under way", func() bool {
 		b.mu.Lock()
 		defer b.mu.Unlock()
-		if b.busy {
-			return false
-		}
+		was := b.busy
 		b.busy = true
-		return true
+		return !was
 	})
 	var group sync.WaitGroup
 	for i := range n {
 		group.Go(func() { request(i) })
 	}
 	eventually(t, "all wait", func() bool { return b.queue() == n })
-	for _, f := range before {
-		f()
-	}
 	b.next()
 	group.Wait()
 }
@@ -46,34 +42,48 @@ func (b *batcher) queue() int {
 
 func TestRequestsThatWaitShareAStatementAndGetTheirOwnAnswers(t *testing.T) {
 	t.Parallel()
-	s := newServiceWithin(t, newDatabase(t), 24, 10*time.Second)
+	database := newDatabase(t)
+	s := newServiceWithin(t, database, 24, 10*time.Second)
 	const n = maxBatch + 6
 	user := func(i int) string { return fmt.Sprint("user ", i%7) }
 	path := func(i int) string { return fmt.Sprintf("/api/user%%20%d/tasks", i%7) }
 	texts := []string{`"`, `\`, `a,b`, `{}`, `NULL`, ``, ` `, `é€😀`, "\n\t\x7f", `null`}
 	made := make([]taskJSON, n)
-	body := func(i int) string { // several are equal
-		return mustJSON(t, map[string]any{"title": "title" + texts[i%len(texts)], "description": []any{nil, texts[i%len(texts)]}[i%2]})
-	}
-	s.store.creations.shareAll(t, n, func(i int) {
-		got := s.as(t, user(i), "POST", path(i), body(i))
+	s.store.creations.shareAll(t, n, func(i int) { // several are equal
+		title, description := "title"+texts[i%len(texts)], []*string{nil, &texts[i%len(texts)]}[i%2]
+		got := s.as(t, user(i), "POST", path(i), mustJSON(t, map[string]any{"title": title, "description": description}))
 		made[i] = got.task(t)
-		want := taskJSON{made[i].ID, user(i), "title" + texts[i%len(texts)], nil, false, made[i].CreatedAt, made[i].UpdatedAt}
-		if i%2 == 1 {
-			want.Description = &texts[i%len(texts)]
-		}
-		if got.is(t, 201, mustJSON(t, want)); got.header.Get("Location") != fmt.Sprint(path(i), "/", made[i].ID) {
+		got.is(t, 201, mustJSON(t, taskJSON{made[i].ID, user(i), title, description, false, made[i].CreatedAt, made[i].CreatedAt}))
+		if got.header.Get("Location") != fmt.Sprint(path(i), "/", made[i].ID) {
 			t.Errorf("Location %q", got.header.Get("Location"))
 		}
 	})
-	times := map[string]int{}
-	for _, task := range made {
-		times[task.CreatedAt]++
-	}
-	if len(times) != 2 {
-		t.Errorf("created at %v: not by two statements", times)
-	}
 	one := func(i int) string { return fmt.Sprint(path(i), "/", made[i].ID) }
+	s.store.updates.shareAll(t, n, func(i int) {
+		if i == 3 {
+			s.as(t, user(i), "PATCH", path(i)+"/0", `{}`).is(t, 404, notFound)
+			return
+		}
+		changes := map[string]any{}
+		if i%3 == 0 {
+			changes["title"] = texts[(i+1)%len(texts)] + "!"
+		}
+		if i%4 < 2 {
+			changes["description"] = []any{texts[(i+2)%len(texts)], nil}[i%4]
+		}
+		if i%5 < 2 {
+			changes["is_completed"] = i%5 == 0
+		}
+		was, before := made[i].UpdatedAt, mustJSON(t, made[i])
+		got := s.as(t, user(i), "PATCH", one(i), mustJSON(t, changes))
+		must(0, json.Unmarshal([]byte(mustJSON(t, changes)), &made[i]))
+		same := mustJSON(t, made[i]) == before
+		made[i].UpdatedAt = got.task(t).UpdatedAt
+		got.is(t, 200, mustJSON(t, made[i]))
+		if made[i].UpdatedAt < was || same != (made[i].UpdatedAt == was) {
+			t.Errorf("%v: updated_at %s, then %s", changes, was, made[i].UpdatedAt)
+		}
+	})
 	s.store.reads.shareAll(t, n, func(i int) {
 		switch i {
 		case 3:
@@ -84,45 +94,8 @@ func TestRequestsThatWaitShareAStatementAndGetTheirOwnAnswers(t *testing.T) {
 			s.as(t, user(i), "GET", one(i), "").is(t, 200, mustJSON(t, made[i]))
 		}
 	})
-	s.store.updates.shareAll(t, n, func(i int) {
-		was, want := made[i], made[i]
-		changes := map[string]any{}
-		if i%3 == 0 {
-			want.Title = texts[(i+1)%len(texts)] + "!"
-			changes["title"] = want.Title
-		}
-		if i%4 == 0 {
-			want.Description = &texts[(i+2)%len(texts)]
-			changes["description"] = *want.Description
-		} else if i%4 == 1 {
-			want.Description = nil
-			changes["description"] = nil
-		}
-		if i%5 < 2 {
-			want.IsCompleted = i%5 == 0
-			changes["is_completed"] = want.IsCompleted
-		}
-		if i == 3 {
-			s.as(t, user(i), "PATCH", path(i)+"/0", mustJSON(t, changes)).is(t, 404, notFound)
-			return
-		}
-		got := s.as(t, user(i), "PATCH", one(i), mustJSON(t, changes))
-		want.UpdatedAt = got.task(t).UpdatedAt
-		got.is(t, 200, mustJSON(t, want))
-		made[i] = want
-		same := want.Title == was.Title && want.IsCompleted == was.IsCompleted &&
-			mustJSON(t, want.Description) == mustJSON(t, was.Description)
-		if want.UpdatedAt < was.UpdatedAt || same != (want.UpdatedAt == was.UpdatedAt) {
-			t.Errorf("%v: updated_at %s, then %s", changes, was.UpdatedAt, want.UpdatedAt)
-		}
-	})
-	for i := range 7 {
-		var want []taskJSON
-		for j := i; j < n; j += 7 {
-			want = append(want, made[j])
-		}
-		slices.SortFunc(want, func(a, b taskJSON) int { return int(a.ID - b.ID) })
-		s.as(t, user(i), "GET", path(i), "").is(t, 200, mustJSON(t, want))
+	if rows := ask(t, database, `SELECT count(*) || ' by ' || count(DISTINCT created_at) FROM tasks`); rows != fmt.Sprint(n, " by 2") {
+		t.Errorf("made %s statements", rows)
 	}
 }
 
@@ -132,40 +105,31 @@ func TestChangesOfTheSameTasksThroughTwoReplicasAllSurvive(t *testing.T) {
 	replicas := []*service{newServiceWithin(t, database, 16, 10*time.Second), newServiceWithin(t, database, 16, 10*time.Second)}
 	const tasks, rounds = 6, 30
 	var group sync.WaitGroup
-	times := make([][3][]string, tasks)
-	for i := range tasks {
+	var times sync.Map
+	last := make([]taskJSON, tasks)
+	for i := range last {
 		user := fmt.Sprint("user", i)
-		path := fmt.Sprintf("/api/%s/tasks/%d", user, replicas[0].create(t, user, "x").ID)
-		for field, name := range []string{"title", "description", "is_completed"} { // each has one who changes it
+		last[i] = replicas[0].create(t, user, "x")
+		path := fmt.Sprintf("/api/%s/tasks/%d", user, last[i].ID)
+		for field := range 3 { // each has one who changes it
 			group.Go(func() {
 				for round := range rounds {
-					value := any(fmt.Sprint(name, round))
-					if field == 2 {
-						value = round%2 == 0
+					change := []string{fmt.Sprintf(`"title":"%d"`, round), fmt.Sprintf(`"description":"%d"`, round),
+						fmt.Sprintf(`"is_completed":%t`, round%2 == 0)}[field]
+					got := replicas[(i+field+round)%2].as(t, user, "PATCH", path, "{"+change+"}")
+					if _, again := times.LoadOrStore(user+got.task(t).UpdatedAt, true); again || !strings.Contains(got.body, change) {
+						t.Errorf("to set %s gave %s; it has the time of another change: %t", change, got.body, again)
 					}
-					got := replicas[(i+field+round)%2].as(t, user, "PATCH", path, mustJSON(t, map[string]any{name: value}))
-					var members map[string]any
-					if got.decode(t, &members); members[name] != value {
-						t.Errorf("set %s to %v, got %s", name, value, got.body)
-						return
-					}
-					times[i][field] = append(times[i][field], got.task(t).UpdatedAt)
 				}
 			})
 		}
 	}
 	group.Wait()
-	for i := range tasks {
-		user := fmt.Sprint("user", i)
-		all := slices.Concat(times[i][0], times[i][1], times[i][2])
-		if slices.Sort(all); len(slices.Compact(all)) != 3*rounds {
-			t.Errorf("%d changes have %d times", 3*rounds, len(slices.Compact(all)))
-		}
-		got := replicas[0].as(t, user, "GET", "/api/"+user+"/tasks", "").tasks(t)[0]
-		if last := rounds - 1; got.Title != fmt.Sprint("title", last) || *got.Description != fmt.Sprint("description", last) ||
-			got.IsCompleted {
-			t.Errorf("%s has %+v", user, got)
-		}
+	for _, was := range last {
+		path := fmt.Sprintf("/api/%s/tasks/%d", was.UserID, was.ID)
+		got := replicas[0].as(t, was.UserID, "GET", path, "")
+		final := fmt.Sprint(rounds - 1)
+		got.is(t, 200, mustJSON(t, taskJSON{was.ID, was.UserID, final, &final, false, was.CreatedAt, got.task(t).UpdatedAt}))
 	}
 }
 
@@ -174,10 +138,10 @@ func TestOneOfABatchThatIsLockedOrRefusedHoldsUpNobody(t *testing.T) {
 	database := newDatabase(t)
 	s := newServiceWithin(t, database, 8, 10*time.Second)
 	s.exec(t, `ALTER TABLE tasks ADD CHECK (title <> 'refused')`)
-	path := func(user string) string {
-		return fmt.Sprintf("/api/%s/tasks/%d", user, s.create(t, user, "x").ID)
+	paths := map[string]string{}
+	for _, user := range []string{"ann", "bob", "cid", "dan"} {
+		paths[user] = fmt.Sprintf("/api/%s/tasks/%d", user, s.create(t, user, "x").ID)
 	}
-	paths := map[string]string{"ann": path("ann"), "bob": path("bob"), "cid": path("cid"), "dan": path("dan")}
 	release := hold(t, database, `SELECT FROM tasks WHERE user_id = 'ann' FOR UPDATE`)
 	var others sync.WaitGroup
 	others.Add(2)
@@ -195,43 +159,23 @@ func TestOneOfABatchThatIsLockedOrRefusedHoldsUpNobody(t *testing.T) {
 			t.Errorf("%s has %v", user, task)
 		}
 	})
-	refused := func(b *batcher, n int, status int, method, title string, path func(string) string) {
-		b.shareAll(t, n, func(i int) {
-			user, body := []string{"bob", "cid", "dan"}[i], `{"title":"`+title+`"}`
+	for method, b := range map[string]*batcher{"PATCH": &s.store.updates, "POST": &s.store.creations} {
+		b.shareAll(t, 3, func(i int) {
+			user := []string{"bob", "cid", "dan"}[i]
+			path := map[string]string{"PATCH": paths[user], "POST": "/api/" + user + "/tasks"}[method]
 			if i == 1 {
-				s.as(t, user, method, path(user), `{"title":"refused"}`).is(t, 500, `{"detail":"Internal server error"}`)
-			} else if got := s.as(t, user, method, path(user), body); got.status != status || got.task(t).Title != title {
-				t.Errorf("%s got %v", user, got)
+				s.as(t, user, method, path, `{"title":"refused"}`).is(t, 500, `{"detail":"Internal server error"}`)
+			} else if task := s.as(t, user, method, path, `{"title":"`+method+`"}`).task(t); task.Title != method {
+				t.Errorf("%s has %v", user, task)
 			}
 		})
 		if lines := s.logs.at(slog.LevelError); len(lines) != 1 || !strings.Contains(lines[0], "tasks_title_check") {
 			t.Errorf("logged %q", lines)
 		}
 	}
-	refused(&s.store.updates, 3, 200, "PATCH", "newer", func(user string) string { return paths[user] })
-	refused(&s.store.creations, 3, 201, "POST", "fresh", func(user string) string { return "/api/" + user + "/tasks" })
 	if n := ask(t, database, `SELECT count(*) FROM tasks`); n != "6" {
 		t.Errorf("there are %s tasks", n)
 	}
-}
-
-func TestAStatementThatTakesLongLetsTheNextGo(t *testing.T) {
-	t.Parallel()
-	database := newDatabase(t)
-	s := newServiceWithin(t, database, 8, 10*time.Second)
-	paths := map[string]string{}
-	for _, user := range []string{"ann", "bob", "cid"} {
-		paths[user] = fmt.Sprintf("/api/%s/tasks/%d", user, s.create(t, user, "x").ID)
-	}
-	release := hold(t, database, `SELECT FROM tasks WHERE user_id = 'ann' FOR UPDATE`)
-	var group sync.WaitGroup
-	group.Go(func() { s.as(t, "ann", "PATCH", paths["ann"], `{"title":"new"}`).task(t) })
-	eventually(t, "it waits", func() bool { return others(t, database, waiting) == "1" })
-	for _, user := range []string{"bob", "cid", "bob"} {
-		s.as(t, user, "PATCH", paths[user], `{"title":"new"}`).task(t)
-	}
-	release()
-	group.Wait()
 }
 
 func TestABatchWithoutAnAnswerIsInDoubtForAll(t *testing.T) {
@@ -240,10 +184,8 @@ func TestABatchWithoutAnAnswerIsInDoubtForAll(t *testing.T) {
 	p := newProxy(t, database)
 	s := newServiceWithin(t, p.config, 4, 10*time.Second)
 	users := []string{"ann", "bob", "cid"}
-	paths := map[string]string{}
-	for _, user := range users {
-		paths[user] = fmt.Sprintf("/api/%s/tasks/%d", user, s.create(t, user, "x").ID)
-	}
+	ask(t, database, `INSERT INTO tasks (user_id, title) VALUES ('ann', 'x'), ('bob', 'x'), ('cid', 'x')`)
+	read := func(i int) { s.as(t, users[i], "GET", fmt.Sprintf("/api/%s/tasks/%d", users[i], i+1), "").task(t) }
 	for _, test := range []struct {
 		script string
 		status int // of a write; a read is repeated
@@ -261,64 +203,71 @@ func TestABatchWithoutAnAnswerIsInDoubtForAll(t *testing.T) {
 			t.Errorf("%s: there are %s tasks", test.script, n)
 		}
 		p.treat("SELECT", test.script)
-		s.store.reads.shareAll(t, 3, func(i int) { s.as(t, users[i], "GET", paths[users[i]], "").task(t) })
+		s.store.reads.shareAll(t, 3, read)
 	}
 	p.treat("unnest", "0A000") // the database knows no such statements
-	s.store.reads.shareAll(t, 3, func(i int) { s.as(t, users[i], "GET", paths[users[i]], "").task(t) })
+	s.store.reads.shareAll(t, 3, read)
 	if n := p.count(); n != 2 { // prepared, and not
 		t.Errorf("tried %d times", n)
 	}
 }
 
-func TestABatchDoesNotOutliveThoseWhoWaitForIt(t *testing.T) {
+func TestABatchEndsWhenAllHaveLeft(t *testing.T) {
 	t.Parallel()
 	database := newDatabase(t)
-	s := newServiceWithin(t, database, 8, time.Second)
+	s := newServiceWithin(t, database, 8, 30*time.Second) // which the server would take to end it
 	release := hold(t, database, `LOCK TABLE tasks`)
-	s.store.creations.shareAll(t, 3, func(i int) {
-		user := []string{"ann", "bob", "cid"}[i]
-		s.as(t, user, "POST", "/api/"+user+"/tasks", `{"title":"x"}`).is(t, 503, unavailable)
+	batches := func() string { return others(t, database, waiting+` AND query LIKE '%unnest%'`) }
+	var left atomic.Int64
+	s.store.creations.shareAll(t, 3, func(i int) { // they leave one after the other
+		ctx, hangUp := context.WithCancel(t.Context())
+		go func() {
+			eventually(t, "the statement goes on for who is there", func() bool { return left.Load() == int64(i) && batches() == "1" })
+			hangUp()
+		}()
+		s.leaves(ctx, t, fmt.Sprint("user", i), "POST", fmt.Sprintf("/api/user%d/tasks", i), `{"title":"x"}`)
+		eventually(t, "that is noticed", func() bool { return len(s.logs.at(slog.LevelInfo)) > 0 })
+		left.Add(1)
 	})
-	eventually(t, "nothing waits", func() bool { return others(t, database, waiting) == "0" })
+	eventually(t, "it is cancelled", func() bool { return batches() == "0" })
 	release()
-	s.as(t, "ann", "GET", "/api/ann/tasks", "").is(t, 200, "[]")
-	s.logs.at(slog.LevelWarn)
+	if n := ask(t, database, `SELECT count(*) FROM tasks`); n != "0" {
+		t.Errorf("%s tasks were made", n)
+	}
 }
 
-func TestABatcherAnswersAllThatItTakes(t *testing.T) {
+func TestWhoLeavesBeforeTheBatchIsNotInIt(t *testing.T) {
 	t.Parallel()
-	var asked [][]string
-	b := &batcher{together: func(_ context.Context, members []*member) error {
-		var users []string
-		for _, m := range members {
-			if users = append(users, m.user); strings.HasPrefix(m.user, "bad") {
-				asked = append(asked, users)
-				panic("a bug")
-			}
-			m.task, m.err = task{userID: m.user}, nil
-		}
-		asked = append(asked, users)
-		return nil
-	}}
-	alone := func() (task, error) { return task{}, errors.New("asked alone") }
-	request := func(ctx context.Context, user, want string, failure error) {
-		if got, err := b.share(ctx, &member{user: user}, alone); got.userID != want || !errors.Is(err, failure) {
-			t.Errorf("%s: got %q, %v", user, got.userID, err)
-		}
-	}
+	database := newDatabase(t)
+	s := newServiceWithin(t, database, 8, 10*time.Second)
 	ctx, hangUp := context.WithCancel(t.Context())
-	b.shareAll(t, 3, func(i int) {
+	s.store.creations.shareAll(t, 2, func(i int) {
 		if i == 0 {
-			request(ctx, "gone", "", context.Canceled)
-		} else {
-			request(t.Context(), fmt.Sprint("user", i), fmt.Sprint("user", i), nil)
+			s.leaves(ctx, t, "ann", "POST", "/api/ann/tasks", `{"title":"x"}`)
+			return
 		}
-	}, hangUp)
-	b.shareAll(t, 3, func(i int) { request(t.Context(), fmt.Sprint("bad", i), "", errPanic) })
-	b.shareAll(t, 0, nil) // the last one has ended
-	if len(asked) != 2 || len(asked[0]) != 2 || len(asked[1]) != 1 || b.queue() > 0 {
-		t.Errorf("asked %q; %d wait", asked, b.queue())
+		eventually(t, "ann waits", func() bool { return s.store.creations.queue() == 1 })
+		hangUp()
+		eventually(t, "that is noticed", func() bool { return len(s.logs.at(slog.LevelInfo)) > 0 })
+		s.create(t, "bob", "x")
+	})
+	if users := ask(t, database, `SELECT string_agg(user_id, ' ') FROM tasks`); users != "bob" {
+		t.Errorf("%s have tasks", users)
 	}
+}
+
+func TestAPanicInABatchIsA500ForAllOfIt(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	s.store.creations.together = func(context.Context, []*member) error { panic("a bug") }
+	s.store.creations.shareAll(t, 3, func(i int) {
+		path := fmt.Sprintf("/api/user%d/tasks", i)
+		s.as(t, fmt.Sprint("user", i), "POST", path, `{"title":"x"}`).is(t, 500, `{"detail":"Internal server error"}`)
+	})
+	if lines := s.logs.at(slog.LevelError); len(lines) != 3 || !strings.Contains(lines[2], "a bug") {
+		t.Errorf("logged %q", lines)
+	}
+	s.create(t, "ann", "it goes on")
 }
 
 func TestWhatGoesAlone(t *testing.T) {
@@ -358,63 +307,23 @@ func TestNothingIsSharedWhereTheTableIsOnSeveralServers(t *testing.T) {
 func TestABatchLooksEachTaskUpInTheIndex(t *testing.T) {
 	t.Parallel()
 	s := newService(t)
-	explain := func(rows string) {
+	byOwnerAndTask := regexp.MustCompile(`Index Cond: \(\(user_id = (wanted|changed)\.owner\) AND \(id = (wanted|changed)\.task\)\)`)
+	for _, rows := range []int{0, 1000, 100_000} {
+		s.exec(t, `INSERT INTO tasks (user_id, title) SELECT 'user ' || i % 2000, 'title ' || i FROM generate_series(1, $1) i`, rows)
+		if rows == 100_000 { // earlier nothing is known of the table
+			s.exec(t, `VACUUM ANALYZE tasks`)
+		}
 		for _, statement := range []string{selectTogether, updateTogether} {
-			parameters := regexp.MustCompile(`\$\d+::`).FindAllString(statement, -1)
-			arguments := strings.TrimSuffix(strings.Repeat("'{}',", len(parameters)), ",")
-			conn := must(s.store.db.Conn(t.Context()))
-			for _, before := range []string{`SET plan_cache_mode = force_generic_plan`, `PREPARE batch AS ` + statement} {
-				must(conn.ExecContext(t.Context(), before))
-			}
-			lines := must(conn.QueryContext(t.Context(), `EXPLAIN EXECUTE batch (`+arguments+`)`))
+			parameters := len(regexp.MustCompile(`\$\d+::`).FindAllString(statement, -1))
 			plan := ""
-			for lines.Next() {
-				var line string
-				if err := lines.Scan(&line); err != nil {
-					t.Fatal(err)
-				}
-				plan += line + "\n"
-			}
-			byOwnerAndTask := regexp.MustCompile(`Index Cond: \(\(user_id = (wanted|changed)\.owner\) AND \(id = (wanted|changed)\.task\)\)`)
-			found := byOwnerAndTask.FindAllString(plan, -1)
-			if os.Getenv("TASKFLOW_TEST_TABLE") == "" && len(found) != 1+strings.Count(statement, "UPDATE tasks") ||
-				strings.Contains(plan, "Seq Scan") {
-				t.Errorf("with %s rows: %s\n%s", rows, statement, plan)
-			}
-			must(conn.ExecContext(t.Context(), `DEALLOCATE batch`))
-			if err := errors.Join(lines.Err(), conn.Close()); err != nil {
-				t.Fatal(err)
+			err := exchange(t.Context(), s.store.probe, `SET plan_cache_mode = force_generic_plan; PREPARE batch AS `+statement+
+				`; EXPLAIN EXECUTE batch (`+strings.Repeat("'{}',", parameters-1)+`'{}')`, nil,
+				func(row []driver.Value) { plan += row[0].(string) + "\n" })
+			found := len(byOwnerAndTask.FindAllString(plan, -1))
+			if err != nil || strings.Contains(plan, "Seq Scan") ||
+				found != 1+strings.Count(statement, "UPDATE tasks") && os.Getenv("TASKFLOW_TEST_TABLE") == "" {
+				t.Errorf("with %d rows: %s\n%s%v", rows, statement, plan, err)
 			}
 		}
 	}
-	explain("no")
-	s.exec(t, `INSERT INTO tasks (user_id, title) SELECT 'user ' || i % 100, 'title ' || i FROM generate_series(1, 1000) i`)
-	explain("1,000")
-	s.exec(t, `INSERT INTO tasks (user_id, title) SELECT 'user ' || i % 2000, 'title ' || i FROM generate_series(1, 100000) i`)
-	s.exec(t, `VACUUM ANALYZE tasks`)
-	explain("100,000")
-}
-
-func TestABatchEndsWhenAllHaveLeft(t *testing.T) {
-	t.Parallel()
-	var hangUp [3]func()
-	b := &batcher{together: func(ctx context.Context, members []*member) error {
-		hangUp[0]()
-		hangUp[2]()
-		if ctx.Err() != nil {
-			t.Error("it ended while one was there")
-		}
-		hangUp[1]()
-		<-ctx.Done()
-		return ctx.Err()
-	}}
-	ctx := [3]context.Context{}
-	for i := range ctx {
-		ctx[i], hangUp[i] = context.WithCancel(t.Context())
-	}
-	b.shareAll(t, 3, func(i int) {
-		if _, err := b.share(ctx[i], &member{user: fmt.Sprint(i)}, nil); !errors.Is(err, context.Canceled) {
-			t.Error(err)
-		}
-	})
 }

@@ -3,13 +3,22 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
 	"database/sql"
 	"encoding/binary"
+	"encoding/pem"
+	"errors"
 	"fmt"
 	"log/slog"
+	"math/big"
 	"net"
 	"net/http"
+	"os"
 	"path/filepath"
+	"runtime"
 	"runtime/debug"
 	"strings"
 	"sync"
@@ -18,6 +27,7 @@ import (
 	"time"
 
 	"github.com/lib/pq"
+	"github.com/lib/pq/pqerror"
 )
 
 // must is for what fails only where nothing works.
@@ -28,52 +38,69 @@ func must[T any](value T, err error) T {
 	return value
 }
 
-func TestDatabaseURLsMeanWhatTheyMeanToPostgreSQL(t *testing.T) {
+const (
+	neon    = "postgresql://u:S3CRET@ep-x-pooler.region.aws.neon.tech/db?sslmode=require"
+	neonsDB = "u|S3CRET|ep-x-pooler.region.aws.neon.tech:5432|db|"
+)
+
+// databaseURLs have what is made of each: user, password, hosts, database, sslmode, sslrootcert, target_session_attrs, with
+// a ! when there is a warning; or a part of the error.
+var databaseURLs = []struct{ env, url, want string }{
+	{"", neon + "&channel_binding=require", neonsDB + "verify-full|system|"},
+	{"", neon + "&channel_binding=prefer", neonsDB + "require|| !"},
+	{"", neon + "&channel_binding=require&sslrootcert=/ca.pem", neonsDB + "verify-full|/ca.pem|"},
+	{"PGSSLROOTCERT=/ca.pem", neon + "&channel_binding=require", neonsDB + "verify-full|/ca.pem|"},
+	{"", "postgres://u@h/d?sslmode=require&sslrootcert=/dev/null", "u||h:5432|d|require|/dev/null|"},
+	{"", "postgres://u@h/d?sslmode=require&sslrootcert=/missing.pem", "u||h:5432|d|require|/missing.pem| !"},
+	{"", "postgres://u@h/d?sslmode=verify-ca&channel_binding=require", "u||h:5432|d|verify-full|system|"},
+	{"", "postgres://u@h/d?channel_binding=require", "u||h:5432|d|verify-full|system|"},
+	{"", "postgres://u@h/d?sslrootcert=system", "u||h:5432|d|verify-full|system|"},
+	{"", "postgres://u@h/d", "u||h:5432|d|require|| !"},
+	{"PGSSLMODE=disable", "postgres://u@h/d", "u||h:5432|d|disable||"},
+	{"", "postgres://u@h/d?ssl=true", "u||h:5432|d|require|| !"},
+	{"", "postgres://u@localhost/d", "u||localhost:5432|d|prefer||"},
+	{"", "postgres://u@127.9.9.9:99/d", "u||127.9.9.9:99|d|prefer||"},
+	{"", "postgres://u@[::1]:99/d", "u||::1:99|d|prefer||"},
+	{"", "postgres://u@[2001:db8::1]/d", "u||2001:db8::1:5432|d|require|| !"},
+	{"", "postgres://u@h/d?hostaddr=127.0.0.1", "u||h:5432|d|prefer||"},
+	{"", "postgres://u@localhost/d?hostaddr=192.0.2.1", "u||localhost:5432|d|require|| !"},
+	{"PGHOST=db.example", "postgres://u@/d", "u||localhost:5432|d|require|| !"}, // lib/pq reads the real PGHOST
+	{"", "postgres://u@%2Frun%2Fpg:99/d", "u||/run/pg:99|d|disable||"},
+	{"", "postgres://u@/d?host=/run/pg&port=99", "u||/run/pg:99|d|disable||"},
+	{"", "postgres://u@/d?host=%2Frun%2Fp%20g", "u||/run/p g:5432|d|disable||"},
+	{"", "postgres://u@:99/d?host=/run/pg", "u||/run/pg:99|d|disable||"},
+	{"", "postgres://u@:5432/d?host=/a,/b", "u||/a:5432 /b:5432|d|disable||"},
+	{"", "postgres://u@h1:1,h2:2/d?target_session_attrs=read-write", "u||h1:1 h2:2|d|require||read-write !"},
+	{"", "postgres://u@h1,h2/d?port=1,2", "u||h1:1 h2:2|d|require|| !"},
+	{"", "postgres://u@h1,h2/d?port=99", "u||h1:99 h2:99|d|require|| !"},
+	{"", "postgres://u@h1,h2:2/d", "u||h1:5432 h2:2|d|require|| !"},
+	{"", "postgres://u@[::1]:1,[::2]:2/d", "u||::1:1 ::2:2|d|require|| !"},
+	{"", "postgres://u@localhost:1,127.0.0.1:2/d", "u||localhost:1 127.0.0.1:2|d|prefer||"},
+	{"", `postgres://o%27neil%20%5C:p%40%2F%3A%5C%27%22+%25%20%3F%23@/d%27%20%5C%2F%C3%BC`,
+		`o'neil \|p@/:\'"+% ?#|localhost:5432|d' \/ü|prefer||`},
+	{"", "postgres://u:a:b@c'd@/d", "u|a:b@c'd|localhost:5432|d|prefer||"},
+	{"", "postgres://u@h/d?options=-c%20a%3Db+c", "u||h:5432|d|require|| !"},
+	{"", "postgres://u:p@localhost", "u|p|localhost:5432||prefer||"},
+	{"", "postgres:///d?user=u&password=p%26q&", "u|p&q|localhost:5432|d|prefer||"},
+	{"", "mysql://u:S3CRET@h/d", "must be a URL"},
+	{"", "postgres://u:S3CRET%zz@h/d", "encoded"},
+	{"", "postgres://u:S3CRET@%/d", "broken percent-encoding"},
+	{"", "postgres://u:S3CRET@h/d?options=%", "broken percent-encoding"},
+	{"", "postgres://u:S3CRET@h:no/d", `"port"`},
+	{"", "postgres://u:S3CRET@h1,h2/d?port=1,2,3", "encoded"},
+	{"", "postgres://u:S3CRET#pass@h/d", "# as %23"},
+	{"", "postgres://u:S3CRET/pass@h/d", `"port"`}, // it should have been encoded
+	{"", "postgres://u:S3CRET?pass@h/d", "? as %3F"},
+	{"", "postgres://u:?sslmode=S3CRET,@h/d", `"sslmode"`},
+	{"", "postgres://:S3CRET\"\",0", `"port"`},
+	{"", "postgres://u:S3CRET@h/d?sslmode=no-verify", `wrong value for "sslmode"`},
+	{"", "postgres://u:S3CRET@h/d?sslmode=disable&channel_binding=require", "channel_binding=require contradicts sslmode=disable"},
+	{"", "postgres://u:S3CRET@h/d?sslmode=require&sslrootcert=system", `use "verify-full"`},
+}
+
+func TestDatabaseURLsMeanWhatTheyMeanToPostgreSQLOrAreExplained(t *testing.T) {
 	t.Parallel()
-	const neon = "postgresql://u:p@ep-x-pooler.region.aws.neon.tech/db?sslmode=require"
-	const verified = "u|p|ep-x-pooler.region.aws.neon.tech:5432|db|verify-full|"
-	const unverified = "u|p|ep-x-pooler.region.aws.neon.tech:5432|db|require|| !"
-	tests := []struct {
-		env, url, want string // user, password, hosts, database, sslmode, sslrootcert, target_session_attrs; ! is a warning
-	}{
-		{"", neon + "&channel_binding=require", verified + "system|"},
-		{"", neon + "&channel_binding=prefer", unverified},
-		{"", neon + "&channel_binding=require&sslrootcert=/ca.pem", verified + "/ca.pem|"},
-		{"PGSSLROOTCERT=/ca.pem", neon + "&channel_binding=require", verified + "/ca.pem|"},
-		{"", "postgres://u@h/d?sslmode=require&sslrootcert=/dev/null", "u||h:5432|d|require|/dev/null|"},
-		{"", "postgres://u@h/d?sslmode=require&sslrootcert=/missing.pem", "u||h:5432|d|require|/missing.pem| !"},
-		{"", "postgres://u@h/d?sslmode=verify-ca&channel_binding=require", "u||h:5432|d|verify-full|system|"},
-		{"", "postgres://u@h/d?channel_binding=require", "u||h:5432|d|verify-full|system|"},
-		{"", "postgres://u@h/d?sslrootcert=system", "u||h:5432|d|verify-full|system|"},
-		{"", "postgres://u@h/d", "u||h:5432|d|require|| !"},
-		{"PGSSLMODE=disable", "postgres://u@h/d", "u||h:5432|d|disable||"},
-		{"", "postgres://u@h/d?ssl=true", "u||h:5432|d|require|| !"},
-		{"", "postgres://u@localhost/d", "u||localhost:5432|d|prefer||"},
-		{"", "postgres://u@127.9.9.9:99/d", "u||127.9.9.9:99|d|prefer||"},
-		{"", "postgres://u@[::1]:99/d", "u||::1:99|d|prefer||"},
-		{"", "postgres://u@[2001:db8::1]/d", "u||2001:db8::1:5432|d|require|| !"},
-		{"", "postgres://u@h/d?hostaddr=127.0.0.1", "u||h:5432|d|prefer||"},
-		{"", "postgres://u@localhost/d?hostaddr=192.0.2.1", "u||localhost:5432|d|require|| !"},
-		{"PGHOST=db.example", "postgres://u@/d", "u||localhost:5432|d|require|| !"}, // lib/pq reads the real PGHOST
-		{"", "postgres://u@%2Frun%2Fpg:99/d", "u||/run/pg:99|d|disable||"},
-		{"", "postgres://u@/d?host=/run/pg&port=99", "u||/run/pg:99|d|disable||"},
-		{"", "postgres://u@/d?host=%2Frun%2Fp%20g", "u||/run/p g:5432|d|disable||"},
-		{"", "postgres://u@:99/d?host=/run/pg", "u||/run/pg:99|d|disable||"},
-		{"", "postgres://u@:5432/d?host=/a,/b", "u||/a:5432 /b:5432|d|disable||"},
-		{"", "postgres://u@h1:1,h2:2/d?target_session_attrs=read-write", "u||h1:1 h2:2|d|require||read-write !"},
-		{"", "postgres://u@h1,h2/d?port=1,2", "u||h1:1 h2:2|d|require|| !"},
-		{"", "postgres://u@h1,h2/d?port=99", "u||h1:99 h2:99|d|require|| !"},
-		{"", "postgres://u@h1,h2:2/d", "u||h1:5432 h2:2|d|require|| !"},
-		{"", "postgres://u@[::1]:1,[::2]:2/d", "u||::1:1 ::2:2|d|require|| !"},
-		{"", "postgres://u@localhost:1,127.0.0.1:2/d", "u||localhost:1 127.0.0.1:2|d|prefer||"},
-		{"", `postgres://o%27neil%20%5C:p%40%2F%3A%5C%27%22+%25%20%3F%23@/d%27%20%5C%2F%C3%BC`,
-			`o'neil \|p@/:\'"+% ?#|localhost:5432|d' \/ü|prefer||`},
-		{"", "postgres://u:a:b@c'd@/d", "u|a:b@c'd|localhost:5432|d|prefer||"},
-		{"", "postgres://u@h/d?options=-c%20a%3Db+c", "u||h:5432|d|require|| !"},
-		{"", "postgres://u:p@localhost", "u|p|localhost:5432||prefer||"},
-		{"", "postgres:///d?user=u&password=p%26q&", "u|p&q|localhost:5432|d|prefer||"},
-	}
-	for _, test := range tests {
+	for _, test := range databaseURLs {
 		name, value, _ := strings.Cut(test.env, "=")
 		c, warnings, err := parseDatabaseURL(test.url, func(asked string) string { return map[string]string{name: value}[asked] })
 		hosts := fmt.Sprintf("%s:%d", c.Host, c.Port)
@@ -85,48 +112,23 @@ func TestDatabaseURLsMeanWhatTheyMeanToPostgreSQL(t *testing.T) {
 		if strings.Contains(strings.Join(warnings, ""), "identity is not verified") {
 			got += " !"
 		}
-		if err != nil || got != test.want || len(c.Runtime) > 0 || !c.BinaryParameters {
-			t.Errorf("%s\ngot  %s, %v, %v\nwant %s", test.url, got, c.Runtime, err, test.want)
-		}
-	}
-}
-
-var badDatabaseURLs = map[string]string{ // and what the error must say; the password is always S3CRET
-	"mysql://u:S3CRET@h/d":                                            "must be a URL",
-	"postgres://u:S3CRET%zz@h/d":                                      "encoded",
-	"postgres://u:S3CRET@%/d":                                         "broken percent-encoding",
-	"postgres://u:S3CRET@h/d?options=%":                               "broken percent-encoding",
-	"postgres://u:S3CRET@h:no/d":                                      `"port"`,
-	"postgres://u:S3CRET@h1,h2/d?port=1,2,3":                          "encoded",
-	"postgres://u:S3CRET#pass@h/d":                                    "# as %23",
-	"postgres://u:S3CRET/pass@h/d":                                    `"port"`, // it should have been encoded
-	"postgres://u:S3CRET?pass@h/d":                                    "? as %3F",
-	"postgres://u:?sslmode=S3CRET,@h/d":                               `"sslmode"`,
-	"postgres://:S3CRET\"\",0":                                        `"port"`,
-	"postgres://u:S3CRET@h/d?sslmode=no-verify":                       `wrong value for "sslmode"`,
-	"postgres://u:S3CRET@h/d?sslmode=disable&channel_binding=require": "channel_binding=require contradicts sslmode=disable",
-	"postgres://u:S3CRET@h/d?sslmode=require&sslrootcert=system":      `use "verify-full"`,
-}
-
-func TestABadDatabaseURLIsExplainedWithoutItsPassword(t *testing.T) {
-	t.Parallel()
-	for text, want := range badDatabaseURLs {
-		_, _, err := parseDatabaseURL(text, func(string) string { return "" })
-		if err == nil || !strings.Contains(err.Error(), want) || strings.ContainsAny(err.Error(), "\n") ||
-			strings.Contains(err.Error(), "S3CRET") {
-			t.Errorf("%s: %v, want %q", text, err, want)
+		switch {
+		case err != nil && (!strings.Contains(err.Error(), test.want) || strings.Contains(err.Error(), "\n")):
+			t.Errorf("%s\ngot  %v\nwant %s", test.url, err, test.want)
+		case err == nil && (got != test.want || len(c.Runtime) > 0 || !c.BinaryParameters):
+			t.Errorf("%s\ngot  %s, %v\nwant %s", test.url, got, c.Runtime, test.want)
 		}
 	}
 }
 
 func FuzzDatabaseURL(f *testing.F) {
-	const password = "Marked5ecret"
-	for text := range badDatabaseURLs {
-		before, after, _ := strings.Cut(text, "S3CRET")
-		f.Add(before, after)
+	for _, test := range databaseURLs {
+		if before, after, ok := strings.Cut(test.url, "S3CRET"); ok {
+			f.Add(before, after)
+		}
 	}
-	f.Add("postgresql://u:", "@h1:1,[::1]:2/d?sslmode=require&channel_binding=require")
 	f.Fuzz(func(t *testing.T, before, after string) {
+		const password = "Marked5ecret"
 		c, _, err := parseDatabaseURL(before+password+after, func(string) string { return "" })
 		if err != nil && strings.Contains(err.Error(), password) || err == nil && c.SSLMode == "" {
 			t.Errorf("%q, %+v", err, c)
@@ -139,9 +141,7 @@ type proxy struct {
 	testing.TB
 	config pq.Config // of the database, through the proxy
 	socket string    // of the cluster
-	pooler bool      // looks like one
-	bare   bool      // drops start-up parameters, as a pooler may
-	deaf   bool      // swallows cancel requests
+	pooler bool      // looks like one, which drops start-up parameters too
 	open   atomic.Int32
 	mu     sync.Mutex
 	text   string
@@ -239,13 +239,11 @@ func (p *proxy) serve(ctx context.Context, client net.Conn) {
 			if key := bytes.Index(answer, []byte("K\x00\x00\x00\x0c")); p.pooler && key > 0 {
 				answer[key+5] ^= 1 // a process number of its own
 			}
-			switch fate := fate.Load(); {
-			case fate == "lose" && !bytes.HasSuffix(answer, []byte("Z\x00\x00\x00\x05I")): // ReadyForQuery
-				continue
-			case fate == "lose":
-				return
-			case fate == "half":
+			switch fate.Load() { // PostgreSQL answers when it has committed
+			case "half":
 				_, _ = client.Write(answer[:n/2])
+				return
+			case "lose":
 				return
 			}
 			_, _ = client.Write(answer)
@@ -253,10 +251,7 @@ func (p *proxy) serve(ctx context.Context, client net.Conn) {
 	})
 	buffer, prepared := make([]byte, 64<<10), map[string]string{}
 	for n, err := client.Read(buffer); err == nil; n, err = client.Read(buffer) {
-		if p.deaf && bytes.HasPrefix(buffer[4:n], []byte("\x04\xd2\x16\x2e")) { // CancelRequest
-			return
-		}
-		if start := buffer[:n]; p.bare && bytes.HasPrefix(start[4:], []byte("\x00\x03\x00\x00")) { // StartupMessage
+		if start := buffer[:n]; p.pooler && bytes.HasPrefix(start[4:], []byte("\x00\x03\x00\x00")) { // StartupMessage
 			n = copy(buffer[8:], fmt.Sprintf("user\x00%s\x00database\x00%s\x00\x00", p.config.User, p.config.Database)) + 8
 			binary.BigEndian.PutUint32(buffer, uint32(n))
 		}
@@ -308,6 +303,15 @@ func eventually(t testing.TB, what string, reached func() bool) {
 	}
 }
 
+// leaves sends a request as a user who hangs up when ctx ends.
+func (s *service) leaves(ctx context.Context, t testing.TB, user, method, path, body string) {
+	r := must(http.NewRequestWithContext(ctx, method, s.url+path, strings.NewReader(body)))
+	r.Header.Set("Authorization", "Bearer "+tokenFor(t, user))
+	if _, err := http.DefaultTransport.RoundTrip(r); err == nil {
+		t.Errorf("%s %s: answered", method, path)
+	}
+}
+
 const waiting = "wait_event_type = 'Lock'"
 
 // others counts the other connections to a database of which a condition holds.
@@ -355,22 +359,25 @@ func TestAStatementIsRepeatedOnlyWhereThatIsHarmless(t *testing.T) {
 		{"DELETE", "40001", 204, 2, ""},
 		{"POST", "25006", 201, 2, "first new"},
 		{"PATCH", "25006 25006", 200, 3, "changed"},
-		// a prepared statement is out of date, or was only being prepared
+		// a prepared statement is out of date, or is refused for good, or was only being prepared
 		{"PATCH", "26000", 200, 2, "changed"},
 		{"PATCH", "0A000", 200, 2, "changed"},
+		{"PATCH", "0A000 0A000 0A000", 500, 2, "first"},
+		{"DELETE", "0A000 0A000 0A000", 500, 2, "first"},
 		{"PREPARE", "cut cut", 200, 3, "changed"},
 		// other errors
 		{"KEY", "53100", 503, 1, "first"},
 		{"GET", "XX000", 503, 1, "first"},
 	}
-	texts := map[string]string{"POST": "INSERT", "KEY": "ON CONFLICT", "PATCH": "UPDATE tasks", "PREPARE": "PREPARE", "DELETE": "DELETE",
-		"GET": "AND id = $2", "LIST": "LIMIT"}
 	database := newDatabase(t)
 	for i := range 2 * len(tests) {
 		test, pooler := tests[i/2], i%2 > 0
 		name := fmt.Sprintf("%s %s %t", test.request, test.script, pooler)
-		if pooler && (test.request == "PREPARE" || test.script == "26000" || test.script == "0A000") {
-			continue // nothing is prepared
+		switch { // nothing is prepared behind a pooler
+		case pooler && test.request == "PREPARE":
+			continue
+		case pooler && (test.script == "26000" || strings.HasPrefix(test.script, "0A000")):
+			test.status, test.sent, test.titles = 500, 1, "first"
 		}
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -380,24 +387,27 @@ func TestAStatementIsRepeatedOnlyWhereThatIsHarmless(t *testing.T) {
 			user := strings.ReplaceAll(name, " ", "-")
 			path := "/api/" + user + "/tasks"
 			ask(t, database, `INSERT INTO tasks (user_id, title) SELECT $1, 'many' FROM generate_series(1, 200)`, user)
-			all := s.as(t, user, "GET", path, "")
+			many := s.as(t, user, "GET", path, "")
 			first := fmt.Sprintf("%s/%d", path, s.create(t, user, "first").ID)
-			p.treat(texts[test.request], test.script)
-			var got reply
-			switch test.request {
-			case "POST":
-				got = s.as(t, user, "POST", path, `{"title":"new"}`)
-			case "KEY":
-				got = s.as(t, user, "POST", path, `{"title":"new"}`, "Idempotency-Key", "key")
-			case "PATCH", "PREPARE":
-				got = s.as(t, user, "PATCH", first, `{"title":"changed"}`)
-			case "LIST":
-				got = s.as(t, user, "GET", path+"?limit=200", "").is(t, 200, all.body)
-			default:
-				got = s.as(t, user, test.request, first, "")
+			request := map[string][]string{ // what is in its statement, method, path, body, headers
+				"POST":    {"INSERT", "POST", path, `{"title":"new"}`},
+				"KEY":     {"ON CONFLICT", "POST", path, `{"title":"new"}`, "Idempotency-Key", "key"},
+				"PATCH":   {"UPDATE tasks", "PATCH", first, `{"title":"changed"}`},
+				"PREPARE": {"PREPARE", "PATCH", first, `{"title":"changed"}`},
+				"DELETE":  {"DELETE", "DELETE", first, ""},
+				"GET":     {"AND id = $2", "GET", first, ""},
+				"LIST":    {"LIMIT", "GET", path + "?limit=200", ""},
+			}[test.request]
+			p.treat(request[0], test.script)
+			got := s.as(t, user, request[1], request[2], request[3], request[4:]...)
+			if test.request == "LIST" {
+				got.is(t, 200, many.body)
 			}
 			if got.status != test.status || p.count() != test.sent || got.status == 503 && got.header.Get("Retry-After") == "" {
 				t.Errorf("%d %.200s after %d times, want %d after %d", got.status, got.body, p.count(), test.status, test.sent)
+			}
+			if bugs := s.logs.at(slog.LevelError); (got.status == 500) != (len(bugs) == 1 && strings.Contains(bugs[0], "injected")) {
+				t.Errorf("logged %q", bugs)
 			}
 			if strings.HasPrefix(test.script, "25006") && p.seen[0] == p.seen[1] {
 				t.Error("asked the server that had become read-only again")
@@ -408,23 +418,6 @@ func TestAStatementIsRepeatedOnlyWhereThatIsHarmless(t *testing.T) {
 			}
 			s.as(t, user, "GET", path+"?limit=1", "").tasks(t) // the pool's one connection is not lost
 		})
-	}
-}
-
-func TestAStatementThatIsRefusedAgainIsABugAtOnce(t *testing.T) {
-	t.Parallel()
-	for pooler, sent := range map[bool]int{false: 2, true: 1} {
-		p := newProxy(t, newDatabase(t))
-		p.pooler = pooler
-		s := newServiceWithin(t, p.config, 2, 10*time.Second)
-		path := fmt.Sprintf("/api/ann/tasks/%d", s.create(t, "ann", "x").ID)
-		for method, text := range map[string]string{"PATCH": "UPDATE tasks", "DELETE": "DELETE"} {
-			p.treat(text, "0A000 0A000 0A000")
-			s.as(t, "ann", method, path, `{}`).is(t, 500, `{"detail":"Internal server error"}`)
-			if lines := s.logs.at(slog.LevelError); p.count() != sent || len(lines) != 1 || !strings.Contains(lines[0], "0A000") {
-				t.Errorf("%s was sent %d times, want %d: %q", method, p.count(), sent, lines)
-			}
-		}
 	}
 }
 
@@ -447,8 +440,7 @@ func TestConnectionsThatTheServerHasClosedAreNoticedBeforeAStatementIsSent(t *te
 	for range 3 {
 		var group sync.WaitGroup
 		for i := range 2 * size {
-			user := fmt.Sprint("u", i)
-			group.Go(func() { s.create(t, user, "x") })
+			group.Go(func() { s.create(t, fmt.Sprint("u", i), "x") })
 		}
 		group.Wait()
 		terminate(t, database)
@@ -462,8 +454,8 @@ func TestConnectionsThatTheServerHasClosedAreNoticedBeforeAStatementIsSent(t *te
 func TestNothingWaitsLongerThanItsTimeLimitForAHangingServer(t *testing.T) {
 	t.Parallel()
 	const limit = 300 * time.Millisecond
-	for text, body := range map[string]string{"client_encoding": "", "SELECT": "",
-		"INSERT": `{"title":"x"}`} { // the first while connecting
+	for text, request := range map[string][2]string{"client_encoding": {"GET"}, "SELECT": {"GET"}, // the first while connecting
+		"INSERT": {"POST", `{"title":"x"}`}} {
 		t.Run(text, func(t *testing.T) {
 			t.Parallel()
 			p := newProxy(t, newDatabase(t))
@@ -472,8 +464,8 @@ func TestNothingWaitsLongerThanItsTimeLimitForAHangingServer(t *testing.T) {
 			var group sync.WaitGroup
 			for _, user := range []string{"ann", "ann", "bob"} { // two of them wait for a place
 				group.Go(func() {
-					start, method := time.Now(), map[bool]string{true: "GET", false: "POST"}[body == ""]
-					s.as(t, user, method, "/api/"+user+"/tasks", body).is(t, 503, unavailable)
+					start := time.Now()
+					s.as(t, user, request[0], "/api/"+user+"/tasks", request[1]).is(t, 503, unavailable)
 					if took := time.Since(start); took < limit || took > limit+time.Second {
 						t.Errorf("took %s", took)
 					}
@@ -481,8 +473,7 @@ func TestNothingWaitsLongerThanItsTimeLimitForAHangingServer(t *testing.T) {
 			}
 			group.Wait()
 			p.treat("", "")
-			eventually(t, "the server is reached again", func() bool { return s.as(t, "ann", "GET", "/api/ann/tasks", "").status == 200 })
-			s.as(t, "ann", "GET", "/api/ann/tasks", "").is(t, 200, `[]`)
+			eventually(t, "the server is reached again", func() bool { return s.as(t, "ann", "GET", "/api/ann/tasks", "").body == "[]" })
 			eventually(t, "stalled connections are closed", func() bool { return p.open.Load() == 1 })
 		})
 	}
@@ -500,15 +491,13 @@ func TestAStatementBehindALockIsCancelledAndNotAppliedLater(t *testing.T) {
 			release := hold(t, database, `SELECT FROM tasks FOR UPDATE`)
 			ctx, hangUp := context.WithCancel(t.Context())
 			defer hangUp()
-			r := must(http.NewRequestWithContext(ctx, "PATCH", s.url+path, strings.NewReader(`{"title":"late"}`)))
-			r.Header.Set("Authorization", "Bearer "+tokenFor(t, "ann"))
 			start := time.Now()
 			var group sync.WaitGroup
 			group.Go(func() {
 				if name == "time is up" {
-					send(t, r).is(t, 503, unavailable)
-				} else if _, err := http.DefaultTransport.RoundTrip(r); err == nil {
-					t.Error("answered")
+					s.as(t, "ann", "PATCH", path, `{"title":"late"}`).is(t, 503, unavailable)
+				} else {
+					s.leaves(ctx, t, "ann", "PATCH", path, `{"title":"late"}`)
 				}
 			})
 			eventually(t, "the statement waits", func() bool { return others(t, database, waiting) == "1" })
@@ -532,38 +521,32 @@ func TestAStatementBehindALockIsCancelledAndNotAppliedLater(t *testing.T) {
 func TestTheServerEndsAStatementWhoseCancelRequestIsLost(t *testing.T) {
 	t.Parallel()
 	const limit = time.Second
-	for _, pooler := range []bool{false, true} {
-		database := newDatabase(t)
-		p := newProxy(t, database)
-		p.deaf, p.pooler = true, pooler
-		s := newServiceWithin(t, p.config, 8, limit)
-		path := fmt.Sprintf("/api/ann/tasks/%d", s.create(t, "ann", "x").ID)
-		if pooler { // there the setting would be another client's
-			var setting string
-			must(0, s.store.db.QueryRow(`SHOW statement_timeout`).Scan(&setting))
-			if setting != "0" {
-				t.Errorf("behind a pooler statement_timeout is %s", setting)
-			}
-			continue
-		}
-		hold(t, database, `LOCK TABLE tasks`)
-		var group sync.WaitGroup
-		start := time.Now()
-		for i, request := range [][]string{{"POST", "/api/ann/tasks", `{"title":"x"}`},
-			{"POST", "/api/ann/tasks", `{"title":"x"}`, "Idempotency-Key", "k"},
-			{"PATCH", path, `{"title":"y"}`, "If-Match", "*"}, {"DELETE", path, "", "If-Match", `"x"`},
-			{"GET", path, ""}, {"GET", "/api/ann/tasks", ""},
-			{"POST", "/api/ann/tasks", `{"title":"x"}`}, {"POST", "/api/ann/tasks", `{"title":"x"}`}} { // the last two share a statement
-			user := fmt.Sprint("user", i)
-			group.Go(func() {
-				s.as(t, user, request[0], strings.Replace(request[1], "ann", user, 1), request[2], request[3:]...).is(t, 503, unavailable)
-			})
-		}
-		group.Wait()
-		eventually(t, "none is left", func() bool { return others(t, database, waiting) == "0" })
-		if took := time.Since(start); took > limit+2*time.Second {
-			t.Errorf("a statement ran on for %s", took)
-		}
+	database := newDatabase(t)
+	p, pooler := newProxy(t, database), newProxy(t, database)
+	p.treat("\x04\xd2\x16\x2e", "stall") // CancelRequest
+	s := newServiceWithin(t, p.config, 8, limit)
+	path := fmt.Sprintf("/api/ann/tasks/%d", s.create(t, "ann", "x").ID)
+	hold(t, database, `LOCK TABLE tasks`)
+	var group sync.WaitGroup
+	start := time.Now()
+	for i, request := range [][]string{{"POST", "/api/ann/tasks", `{"title":"x"}`},
+		{"POST", "/api/ann/tasks", `{"title":"x"}`, "Idempotency-Key", "k"},
+		{"PATCH", path, `{"title":"y"}`, "If-Match", "*"}, {"DELETE", path, "", "If-Match", `"x"`},
+		{"GET", path, ""}, {"GET", "/api/ann/tasks", ""},
+		{"POST", "/api/ann/tasks", `{"title":"x"}`}, {"POST", "/api/ann/tasks", `{"title":"x"}`}} { // the last two share a statement
+		user := fmt.Sprint("user", i)
+		group.Go(func() {
+			s.as(t, user, request[0], strings.Replace(request[1], "ann", user, 1), request[2], request[3:]...).is(t, 503, unavailable)
+		})
+	}
+	group.Wait()
+	eventually(t, "none is left", func() bool { return others(t, database, waiting) == "0" })
+	if took := time.Since(start); took > limit+2*time.Second || p.count() == 0 {
+		t.Errorf("a statement ran on for %s; %d cancel requests", took, p.count())
+	}
+	pooler.pooler = true // there the setting would be another client's
+	if setting := ask(t, pooler.config, `SHOW statement_timeout`); setting != "0" {
+		t.Errorf("behind a pooler statement_timeout is %s", setting)
 	}
 }
 
@@ -597,4 +580,85 @@ func TestAFailedTryToConnectLeavesNoConnectionOpen(t *testing.T) {
 	eventually(t, "one connection is open", func() bool { return p.open.Load() == 1 })
 }
 
-// TestNeonsStringWorksPastedUnchanged is for Linux: elsewhere SSL_CERT_FILE means nothing.
+func TestNeonsStringWorksPastedUnchanged(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("SSL_CERT_FILE means nothing here, and 127.0.0.2 is no address of the machine")
+	}
+	t.Parallel()
+	folder := must(os.MkdirTemp("", "taskflow-test"))
+	account := -1 // that PostgreSQL is to run as, which the folder's owner is: ourselves or nobody
+	if os.Getuid() == 0 {
+		account = 65534
+	}
+	must(0, os.Chown(folder, account, -1))
+	address := fmt.Sprintf("127.%d.%d.2", 1+os.Getpid()>>8&0x7f, os.Getpid()&0xff) // not that of another run
+	other := strings.TrimSuffix(address, "2") + "3"
+	private := must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), IPAddresses: []net.IP{net.ParseIP(address)},
+		NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true,
+		KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign}
+	certificate := must(x509.CreateCertificate(rand.Reader, template, template, private.Public(), private))
+	file := func(name string, text []byte) string {
+		path := filepath.Join(folder, name)
+		return must(path, errors.Join(os.WriteFile(path, text, 0o600), os.Chown(path, account, -1)))
+	}
+	authority := file("ca.pem", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: certificate}))
+	key := file("key.pem", pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: must(x509.MarshalPKCS8PrivateKey(private))}))
+	hba := file("hba.conf", []byte("local all all trust\nhostssl all all all scram-sha-256\n"))
+	database, stop, err := startPostgres(folder, "fsync=off", "hba_file="+hba, "listen_addresses="+address+","+other, "ssl=on",
+		"ssl_cert_file="+authority, "ssl_key_file="+key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(stop)
+	ask(t, database, `CREATE ROLE neondb_owner LOGIN PASSWORD 'npg_Secret'`)
+	ask(t, database, `CREATE DATABASE neondb OWNER neondb_owner`)
+
+	right := "neondb_owner:npg_Secret@" + address + "/neondb?sslmode=require&channel_binding=require"
+	instead := func(old, new string) string { return strings.Replace(right, old, new, 1) }
+	tests := []struct{ name, authority, url, fault string }{
+		{"right", authority, right, ""},
+		{"own authority", "", right + "&sslrootcert=" + authority, ""},
+		{"unverified", "", instead("&channel_binding=require", ""), ""},
+		{"unknown authority", "", right, "certificate signed by unknown authority"},
+		{"other host", authority, instead(address, other), "certificate is valid for " + address},
+		{"wrong password", authority, instead("Secret", "Wrong"), "28P01"},
+		{"no such user", authority, instead("owner", "guest"), "28P01"},
+		{"no such database", authority, instead("/neondb", "/none"), "3D000"},
+		{"without TLS", authority, instead("require&channel_binding=require", "disable"), "28000"},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			p := start(t, t.TempDir(), []string{"ENVIRONMENT=production", secretVariable, "SSL_CERT_FILE=" + test.authority,
+				"DATABASE_URL=postgresql://" + test.url})
+			if test.fault != "" {
+				p.exits(t, 1, test.fault)
+			} else {
+				p.await(t, `"ready"`)
+			}
+			if strings.Contains(p.output.String(), "npg_") {
+				t.Errorf("the password is in the output:\n%s", &p.output)
+			}
+		})
+	}
+	cfg, _, _ := parseDatabaseURL("postgresql://"+tests[1].url, func(string) string { return "" })
+	s := newServiceWithin(t, cfg, 2, time.Second)
+	s.create(t, "ann", "mine")
+	terminate(t, cfg)
+	mine := s.create(t, "ann", "the idle connection had been closed")
+	hold(t, cfg, `SELECT FROM tasks FOR UPDATE`)
+	s.as(t, "ann", "DELETE", fmt.Sprintf("/api/ann/tasks/%d", mine.ID), "").is(t, 503, unavailable)
+	if n := others(t, cfg, waiting); n != "0" {
+		t.Errorf("%s statements still wait", n)
+	}
+}
+
+func TestALostRaceForTheTableIsTriedAgain(t *testing.T) {
+	t.Parallel()
+	for code, ends := range map[pqerror.Code]bool{"42P07": false, "42701": false, "42710": false, "23505": false,
+		"42P01": true, "23502": true} {
+		if err := fmt.Errorf("wrapped: %w", &pq.Error{Code: code}); isStartupError(err) != ends {
+			t.Errorf("%s ends the start: %v", code, !ends)
+		}
+	}
+}

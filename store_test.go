@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"database/sql/driver"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -14,7 +13,6 @@ import (
 	"time"
 
 	"github.com/lib/pq"
-	"github.com/lib/pq/pqerror"
 )
 
 // useAll uses all routes as a user who has no tasks yet.
@@ -47,15 +45,6 @@ func apply(t testing.TB, database pq.Config) error {
 	}
 	group.Wait()
 	return errors.Join(errs...)
-}
-
-// execute runs statements in a database.
-func execute(t testing.TB, database pq.Config, statements string) {
-	t.Helper()
-	s := newStore(database, 1, 10*time.Second)
-	if err := errors.Join(exchange(t.Context(), s.probe, statements, nil, func([]driver.Value) {}), s.close()); err != nil {
-		t.Fatal(err)
-	}
 }
 
 // The tables of the earlier service, as SQLModel and those who cared for it since may have left them.
@@ -93,33 +82,26 @@ func TestATableOfTheEarlierServiceIsAdopted(t *testing.T) {
 		{2, "ann", "two", nil, false, "1999-12-31T23:59:59.999000Z", "2038-01-19T03:14:08.500000Z"},
 		{3, "ann", "three", &empty, false, "2024-07-01T00:00:00.000000Z", "2024-07-01T12:00:00.000000Z"},
 	}
-	tests := []struct {
-		name, table string
-		next        int64 // 4 was the deleted one's
-	}{
-		{"as SQLModel made it", "serial", 5},
-		{"columns in another order, foreign keys", "reordered", 5},
-		{"identity, columns that may be null", "nullable", 5},
-	}
-	for _, test := range tests {
-		t.Run(test.name, func(t *testing.T) {
+	for name, table := range earlierTables {
+		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			database := newDatabaseFrom(t, "template1")
 			ask(t, database, `ALTER DATABASE `+database.Database+` SET timezone = 'America/New_York'`)
 			elsewhere := database.Clone() // as a pooler may have it
 			elsewhere.Runtime["timezone"] = "America/New_York"
-			ask(t, elsewhere, earlierTables[test.table]+rows)
-			if err := apply(t, elsewhere); err != nil {
-				t.Fatal(err)
+			for _, before := range []string{table + rows, `DROP INDEX tasks_user_id_idempotency_key_idx`} { // the rest is there
+				ask(t, elsewhere, before)
+				if err := apply(t, elsewhere); err != nil {
+					t.Fatal(err)
+				}
 			}
-			execute(t, elsewhere, schema) // a rerun, which no start does
 			s := newServiceWithin(t, database, 2, 10*time.Second)
 			s.as(t, "ann", "GET", "/api/ann/tasks", "").is(t, 200, mustJSON(t, want))
-			if id := s.create(t, "ann", "next").ID; id != test.next {
-				t.Errorf("the next id is %d, want %d", id, test.next)
+			if id := s.create(t, "ann", "next").ID; id != 5 { // 4 was the deleted one's
+				t.Errorf("the next id is %d", id)
 			}
 			s.useAll(t, "bob")
-			if test.table == "reordered" {
+			if name == "reordered" {
 				ask(t, database, `INSERT INTO comments VALUES (1)`)
 				s.as(t, "ann", "DELETE", "/api/ann/tasks/1", "").is(t, 204, "")
 				if n := ask(t, database, `SELECT count(*) FROM comments`); n != "0" {
@@ -155,7 +137,6 @@ func TestADatabaseThatCannotBeUsedIsAStartupErrorThatSaysWhy(t *testing.T) {
 		want             string
 	}{
 		{"template0 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C'", "", false, "must be encoded in UTF8, not LATIN1"},
-		{"template0 ENCODING 'SQL_ASCII' LC_COLLATE 'C' LC_CTYPE 'C'", "", false, "must be encoded in UTF8, not SQL_ASCII"},
 		{"template1", serial + everybody, true, "must be owner of table tasks"},
 		{"template1", "", true, "permission denied for schema public"},
 		{"template1", earlierTables["nullable"] + earlierRows + `(NULL, 'a', 'd', NULL, NULL, NULL)`, false, `"user_id"`},
@@ -199,22 +180,13 @@ func TestAnAppliedSchemaNeedsNoRightsButThoseOnTheRows(t *testing.T) {
 	newServiceWithin(t, database, 2, 10*time.Second).useAll(t, "ann")
 }
 
-func TestTheTableMayBePartitionedByUserAndChangeWhileInUse(t *testing.T) {
+func TestTheTableMayChangeWhileInUse(t *testing.T) {
 	t.Parallel()
-	database := newDatabaseFrom(t, "template1")
-	execute(t, database, strings.Replace(schema, "\n);", "\n) PARTITION BY HASH (user_id);", 1))
-	for i := range 3 {
-		ask(t, database, fmt.Sprintf(`CREATE TABLE part%d PARTITION OF tasks FOR VALUES WITH (MODULUS 3, REMAINDER %[1]d)`, i))
-	}
+	database := newDatabase(t)
 	s := newServiceWithin(t, database, 1, 10*time.Second)
-	for i := range 8 {
-		s.useAll(t, fmt.Sprint("user", i))
-	}
-	if n := ask(t, database, `SELECT count(DISTINCT tableoid) FROM tasks`); n != "3" {
-		t.Errorf("%s partitions are used", n)
-	}
-	ask(t, database, `ALTER TABLE tasks ALTER title TYPE varchar(300), ALTER description TYPE varchar, ADD COLUMN more integer`)
 	s.useAll(t, "ann")
+	ask(t, database, `ALTER TABLE tasks ALTER title TYPE varchar(300), ALTER description TYPE varchar, ADD COLUMN more integer`)
+	s.useAll(t, "bob")
 }
 
 func TestReadinessAsksTheDatabaseAtMostTwiceASecond(t *testing.T) {
@@ -243,8 +215,6 @@ func TestReadinessTellsHowTheDatabaseIs(t *testing.T) {
 		s.readiness.Unlock()
 		s.as(t, "", "GET", "/ready", "").is(t, status, map[int]string{200: `{"status":"ready"}`, 503: unavailable}[status])
 	}
-	ready(200)
-	terminate(t, database) // its idle connection, that is
 	ready(200)
 	p.treat("to_regclass", "lose")
 	ready(503)
@@ -294,28 +264,21 @@ func TestNoAnswerDependsOnTheSettingsOfASession(t *testing.T) {
 	t.Parallel()
 	database := newDatabase(t)
 	plain := newServiceWithin(t, database, 2, 10*time.Second)
-	created := plain.create(t, "ann", "x")
+	own := fmt.Sprintf("/api/ann/tasks/%d", plain.create(t, "ann", "x").ID)
 	ask(t, database, `UPDATE tasks SET created_at = '2026-07-01T00:30:00.5Z'`)
-	whole := plain.as(t, "ann", "GET", "/api/ann/tasks", "")
-	one := fmt.Sprintf("/api/ann/tasks/%d", created.ID)
+	list, one := plain.as(t, "ann", "GET", "/api/ann/tasks", ""), plain.as(t, "ann", "GET", own, "")
 	for name, value := range map[string]string{"timezone": "Europe/Berlin", "datestyle": "German", "intervalstyle": "sql_standard",
 		"bytea_output": "escape", "extra_float_digits": "-15"} {
 		ask(t, database, fmt.Sprintf(`ALTER DATABASE %s SET %s = '%s'`, database.Database, name, value))
 	}
 	for _, pooler := range []bool{false, true} {
 		p := newProxy(t, database)
-		p.pooler, p.bare = pooler, true
+		p.pooler = pooler
 		s := newServiceWithin(t, p.config, 2, 10*time.Second)
-		got := s.as(t, "ann", "GET", "/api/ann/tasks", "").is(t, 200, whole.body)
-		if got.header.Get("ETag") != whole.header.Get("ETag") {
+		if got := s.as(t, "ann", "GET", "/api/ann/tasks", "").is(t, 200, list.body); got.header.Get("ETag") != list.header.Get("ETag") {
 			t.Errorf("the list's tag is %s", got.header.Get("ETag"))
 		}
-		was := s.as(t, "ann", "GET", one, "").task(t)
-		changed := s.as(t, "ann", "PATCH", one, fmt.Sprintf(`{"is_completed":%t}`, !pooler), "If-Match", `"`+was.UpdatedAt+`"`).task(t)
-		if changed.UpdatedAt <= was.UpdatedAt || changed.CreatedAt != "2026-07-01T00:30:00.500000Z" {
-			t.Errorf("%+v became %+v", was, changed)
-		}
-		whole = s.as(t, "ann", "GET", "/api/ann/tasks", "")
+		s.as(t, "ann", "PATCH", own, `{"title":"x"}`, "If-Match", one.header.Get("ETag")).is(t, 200, one.body)
 		user := fmt.Sprint("user", pooler)
 		s.useAll(t, user)
 		for i := range 5 {
@@ -387,16 +350,6 @@ func TestOneUsersFloodLeavesRoomForOthers(t *testing.T) {
 	group.Wait()
 	if n := len(s.store.users.users); n != 0 {
 		t.Errorf("%d users are remembered", n)
-	}
-}
-
-func TestALostRaceForTheTableIsTriedAgain(t *testing.T) {
-	t.Parallel()
-	for code, ends := range map[pqerror.Code]bool{"42P07": false, "42701": false, "42710": false, "23505": false,
-		"42P01": true, "23502": true} {
-		if err := fmt.Errorf("wrapped: %w", &pq.Error{Code: code}); isStartupError(err) != ends {
-			t.Errorf("%s ends the start: %v", code, !ends)
-		}
 	}
 }
 
