@@ -89,6 +89,7 @@ var databaseURLs = []struct{ env, url, want string }{
 	{"", "postgres://u:S3CRET@h:no/d", `"port"`},
 	{"", "postgres://u:S3CRET@h1,h2/d?port=1,2,3", "encoded"},
 	{"", "postgres://u:S3CRET#pass@h/d", "# as %23"},
+	{"", "postgres://u:12#S3CRET@h/d", "# as %23"}, // a port and a fragment, to lib/pq
 	{"", "postgres://u:S3CRET/pass@h/d", `"port"`}, // it should have been encoded
 	{"", "postgres://u:S3CRET?pass@h/d", "? as %3F"},
 	{"", "postgres://u:?sslmode=S3CRET,@h/d", `"sslmode"`},
