@@ -45,11 +45,12 @@ func runs(t testing.TB, folder string) *process {
 // processesOf lists dev/postgres of a folder and all of its PostgreSQL.
 func processesOf(t testing.TB, folder string) (pids []int) {
 	t.Helper()
+	data := filepath.Join(folder, ".taskflow")
 	sum := exec.Command("cksum")
-	sum.Stdin = strings.NewReader(filepath.Join(folder, ".taskflow"))
+	sum.Stdin = strings.NewReader(data)
 	number := strings.Fields(string(must(sum.Output())))[0]
 	for line := range strings.Lines(string(must(exec.Command("ps", "-A", "-ww", "-o", "pid=", "-o", "args=").Output()))) {
-		if fields := strings.Fields(line); strings.Contains(line, "for:"+number) || strings.Contains(line, "taskflow-"+number) {
+		if fields := strings.Fields(line); strings.Contains(line, "dev/postgres "+data) || strings.Contains(line, "taskflow-"+number) {
 			pids = append(pids, must(strconv.Atoi(fields[0])))
 		}
 	}
@@ -114,33 +115,37 @@ func signalService(p *process, signal syscall.Signal) error {
 	return errors.Join(errors.New("no service"), err)
 }
 
+// killAll kills dev/run, what it has started, and its PostgreSQL. Then the numbers in PostgreSQL's lock files are those of
+// another process.
+func killAll(t testing.TB, p *process) {
+	_ = syscall.Kill(-p.Process.Pid, syscall.SIGKILL)
+	for _, pid := range processesOf(t, p.Dir) {
+		_ = syscall.Kill(pid, syscall.SIGKILL)
+	}
+	for _, name := range []string{"data/postmaster.pid", ".s.PGSQL.5432.lock"} {
+		path := filepath.Join(p.Dir, ".taskflow", name)
+		_, rest, _ := strings.Cut(string(must(os.ReadFile(path))), "\n")
+		must(0, os.WriteFile(path, []byte(fmt.Sprintf("%d\n%s", os.Getppid(), rest)), 0o600))
+	}
+}
+
 func TestAfterAKillTheNextDevRunComesUpWithTheDataWhole(t *testing.T) {
 	t.Parallel()
-	kill := func(t testing.TB, folder string) {
-		for _, pid := range processesOf(t, folder) {
-			_ = syscall.Kill(pid, syscall.SIGKILL)
-		}
-	}
 	for what, act := range map[string]func(t testing.TB, p *process){
 		"the service": func(t testing.TB, p *process) { _ = signalService(p, syscall.SIGKILL) },
-		"the script": func(t testing.TB, p *process) {
-			_ = p.Process.Kill()
-			eventually(t, "PostgreSQL is gone", func() bool { return len(processesOf(t, p.Dir)) == 0 })
-			_ = syscall.Kill(-p.Process.Pid, syscall.SIGKILL) // the service, which is left
+		"the script":  func(t testing.TB, p *process) { _ = p.Process.Kill() }, // the service, too, must come to its end
+		"the script and the service": func(t testing.TB, p *process) {
+			_ = errors.Join(signalService(p, syscall.SIGKILL), p.Process.Kill())
 		},
-		"the script and the service": func(t testing.TB, p *process) { _ = syscall.Kill(-p.Process.Pid, syscall.SIGKILL) },
+		"dev/postgres, too": func(t testing.TB, p *process) { _ = syscall.Kill(-p.Process.Pid, syscall.SIGKILL) },
 		"PostgreSQL": func(t testing.TB, p *process) {
-			kill(t, p.Dir)
+			for _, pid := range processesOf(t, p.Dir) {
+				_ = syscall.Kill(pid, syscall.SIGKILL)
+			}
 			_ = p.Process.Signal(syscall.SIGTERM)
+			p.exits(t, 0, "stopping")
 		},
-		"all": func(t testing.TB, p *process) {
-			_ = syscall.Kill(-p.Process.Pid, syscall.SIGKILL)
-			kill(t, p.Dir)
-			pidFile := filepath.Join(p.Dir, ".taskflow", "data", "postmaster.pid") // now it has another process's number
-			text, _ := os.ReadFile(pidFile)
-			_, rest, _ := strings.Cut(string(text), "\n")
-			_ = os.WriteFile(pidFile, []byte(fmt.Sprintf("%d\n%s", os.Getppid(), rest)), 0o600)
-		},
+		"all": killAll,
 	} {
 		t.Run(what, func(t *testing.T) {
 			t.Parallel()
@@ -162,19 +167,27 @@ func TestAfterAKillTheNextDevRunComesUpWithTheDataWhole(t *testing.T) {
 func TestOfTwoDevRunsInOneFolderOneServesAndTheOtherSaysWhyNot(t *testing.T) {
 	t.Parallel()
 	folder := development(t, "clone")
-	two := []*process{launch(t, filepath.Join(folder, "dev", "run"), folder, nil), launch(t, filepath.Join(folder, "dev", "run"), folder, nil)}
-	select {
-	case <-two[0].exited:
-		two[0], two[1] = two[1], two[0]
-	case <-two[1].exited:
-	case <-time.After(20 * time.Second):
-		t.Fatal("both run")
+	for _, killed := range []bool{false, true} {
+		if killed {
+			p := runs(t, folder)
+			killAll(t, p)
+			<-p.exited
+		}
+		dev := filepath.Join(folder, "dev", "run")
+		serves, refused := launch(t, dev, folder, nil), launch(t, dev, folder, nil)
+		select {
+		case <-serves.exited:
+			serves, refused = refused, serves
+		case <-refused.exited:
+		case <-time.After(20 * time.Second):
+			t.Fatal("both run")
+		}
+		refused.exits(t, 1, "another dev/run uses the private PostgreSQL")
+		serves.await(t, "curl -H")
+		serves.demo(t, "POST", `{"title":"x"}`).task(t)
+		_ = serves.Process.Signal(syscall.SIGTERM)
+		serves.exits(t, 0, "stopping")
 	}
-	two[1].exits(t, 1, "another dev/run uses the private PostgreSQL")
-	two[0].await(t, "curl -H")
-	two[0].demo(t, "POST", `{"title":"x"}`).task(t)
-	_ = two[0].Process.Signal(syscall.SIGTERM)
-	two[0].exits(t, 0, "stopping")
 }
 
 func TestProcessesAtOnceEndWithOneGeneratedSecret(t *testing.T) {

@@ -92,13 +92,13 @@ func healthcheck(cfg config) error {
 	return nil
 }
 
-// serve listens at once, brings up the database behind it, and serves until a signal comes, or an error of the database
-// that waiting does not cure (isStartupError).
-func serve(ctx context.Context, cfg config, stdout, stderr io.Writer) (err error) {
+// serve listens at once and brings up the database behind it, until a signal comes or an error that waiting does not cure.
+func serve(ctx context.Context, cfg config, stdout, stderr io.Writer) error {
 	signals, stopSignals := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
 	defer stopSignals()
 	s := newServer(cfg, stderr)
-	defer func() { err = errors.Join(err, s.store.db.Close(), s.store.probe.Close()) }()
+	defer s.store.db.Close() // whose error would only say that the database is gone
+	defer s.store.probe.Close()
 	listener, err := new(net.ListenConfig).Listen(signals, "tcp", net.JoinHostPort(cfg.host, cfg.port))
 	if err != nil {
 		return fmt.Errorf("HOST or PORT: %w", err)
@@ -139,7 +139,7 @@ func serve(ctx context.Context, cfg config, stdout, stderr io.Writer) (err error
 		s.draining.Store(true)
 		s.log.Info("stopping")
 		return shutdown(httpServer, func() { abandon(errStopping) })
-	case err = <-failed:
+	case err := <-failed:
 		return errors.Join(err, httpServer.Close())
 	}
 }
