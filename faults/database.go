@@ -166,7 +166,7 @@ func startUp(s *suite) {
 	}
 	up := c.start()
 	v.ready()
-	if r.recovery = time.Since(up); r.recovery > time.Second {
+	if r.recovery = time.Since(up); r.recovery > 2*time.Second {
 		r.fault("ready only after %v", r.recovery)
 	}
 	if status := ask("POST", `{"title":"first"}`); status != http.StatusCreated {

@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"os/user"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -342,18 +343,20 @@ func (s *suite) configured(program, flag, text string) *process {
 	return s.start(s.account, folder, nil, args...)
 }
 
-// haproxy starts HAProxy in front of replicas and returns its URL.
-func (s *suite) haproxy(replicas ...*service) (url string, p *process) {
-	port := freePort()
+// haproxy starts HAProxy in front of replicas. It returns its URL, and a function that waits until HAProxy sends requests
+// to a replica.
+func (s *suite) haproxy(replicas ...*service) (url string, balances func(*service)) {
+	port, socket := freePort(), s.newFolder("sock")+"/haproxy.sock"
 	text := fmt.Sprintf(`
 global
   maxconn 2000
-  stats socket %s/haproxy.sock mode 666
+  stats socket %s mode 666
 defaults
   mode http
   timeout connect 2s
   timeout client 60s
   timeout server 60s
+  timeout check 2s
 frontend all
   bind 127.0.0.1:%d
   default_backend taskflow
@@ -361,13 +364,30 @@ backend taskflow
   balance roundrobin
   option httpchk GET /ready
   default-server check inter 200ms fall 1 rise 1
-`, s.newFolder("sock"), port)
+`, socket, port)
 	for _, v := range replicas {
 		text += fmt.Sprintf("  server s%d 127.0.0.1:%d\n", v.port, v.port)
 	}
-	p = s.configured("haproxy", "-f", text)
+	s.configured("haproxy", "-f", text)
 	reachable(port)
-	return fmt.Sprintf("http://127.0.0.1:%d", port), p
+	return fmt.Sprintf("http://127.0.0.1:%d", port), func(v *service) {
+		up := regexp.MustCompile(fmt.Sprintf(`(?m)^taskflow,s%d,.*,UP,`, v.port))
+		for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+			conn, err := net.Dial("unix", socket)
+			must(err)
+			_, err = io.WriteString(conn, "show stat\n")
+			must(err)
+			text, err := io.ReadAll(conn)
+			must(err)
+			conn.Close()
+			if up.Match(text) {
+				return
+			}
+			if time.Now().After(deadline) {
+				panic(fmt.Sprintf("HAProxy leaves out the replica at port %d:\n%s", v.port, text))
+			}
+		}
+	}
 }
 
 // pgbouncer starts PgBouncer on port in front of a cluster.

@@ -23,7 +23,7 @@ func rollingRestart(s *suite) {
 		v.ready()
 	}
 	c.longList(database, 3000, 400)
-	base, _ := s.haproxy(replicas...)
+	base, balances := s.haproxy(replicas...)
 	time.Sleep(time.Second)
 	r := s.row("two replicas behind HAProxy restarted in turn, twice")
 	l := workload(base, "rolling")
@@ -35,7 +35,7 @@ func rollingRestart(s *suite) {
 			v.drain(r)
 			v.start()
 			v.ready()
-			time.Sleep(500 * time.Millisecond) // HAProxy has to see it
+			balances(v)
 		}
 	}
 	l.finish(r, c, database, never, replicas...)
