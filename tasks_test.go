@@ -2,7 +2,6 @@ package main
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"database/sql"
 	"database/sql/driver"
@@ -10,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"log/slog"
 	"net"
 	"net/http"
@@ -41,39 +41,20 @@ var cluster struct {
 }
 
 func TestMain(m *testing.M) {
-	code, err := withCluster(m.Run)
+	config, stop, err := startPostgres(must(os.MkdirTemp("", "taskflow-test")), "fsync=off", "synchronous_commit=off",
+		"full_page_writes=off", "max_connections=500", "max_prepared_transactions=5")
 	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		code = 1
-	}
-	os.Exit(code)
-}
-
-func withCluster(run func() int) (code int, err error) {
-	folder, err := os.MkdirTemp("", "taskflow-test")
-	if err != nil {
-		return 1, err
-	}
-	var stop func()
-	if cluster.config, stop, err = startPostgres(folder, "fsync=off", "synchronous_commit=off", "full_page_writes=off",
-		"max_connections=500", "max_prepared_transactions=5"); err != nil {
-		return 1, err
+		log.Fatal(err)
 	}
 	defer stop()
-	if err := administer(`CREATE DATABASE template_tasks`); err != nil {
-		return 1, err
-	}
+	cluster.config = config
+	must(0, administer(`CREATE DATABASE template_tasks`))
 	ctx, s := context.Background(), newStore(clusterConfig("template_tasks"), 1, 30*time.Second)
 	if file := os.Getenv("TASKFLOW_TEST_TABLE"); file != "" { // that the service is to find, like faults/partitions.sql
-		text, err := os.ReadFile(file)
-		if err := errors.Join(err, exchange(ctx, s.probe, string(text), nil, func([]driver.Value) {})); err != nil {
-			return 1, err
-		}
+		must(0, exchange(ctx, s.probe, string(must(os.ReadFile(file))), nil, func([]driver.Value) {}))
 	}
-	if err := errors.Join(s.applySchema(ctx), s.close()); err != nil {
-		return 1, err
-	}
-	return run(), nil
+	must(0, errors.Join(s.applySchema(ctx), s.close()))
+	m.Run()
 }
 
 func (s *store) close() error { return errors.Join(s.db.Close(), s.probe.Close()) }
@@ -83,19 +64,10 @@ func startPostgres(folder string, settings ...string) (cfg pq.Config, stop func(
 	command := exec.Command("dev/postgres", append([]string{"-t", folder}, settings...)...)
 	var complaints strings.Builder
 	command.Stderr = &complaints
-	held, err := command.StdinPipe()
-	if err != nil {
-		return cfg, nil, err
-	}
-	out, err := command.StdoutPipe()
-	if err != nil {
-		return cfg, nil, err
-	}
-	if err := command.Start(); err != nil {
-		return cfg, nil, err
-	}
-	socket, err := bufio.NewReader(out).ReadString('\n')
+	held, out := must(command.StdinPipe()), must(command.StdoutPipe())
+	must(0, command.Start())
 	stop = func() { _, _ = held.Close(), command.Wait() }
+	socket, err := bufio.NewReader(out).ReadString('\n')
 	if err != nil {
 		stop()
 		return cfg, nil, fmt.Errorf("dev/postgres: %w: %s", err, &complaints)
@@ -122,11 +94,8 @@ func administer(statement string) error {
 func newDatabase(t testing.TB) pq.Config { return newDatabaseFrom(t, "template_tasks") }
 
 func newDatabaseFrom(t testing.TB, template string) pq.Config {
-	t.Helper()
 	name := fmt.Sprintf("test_%d", cluster.databases.Add(1))
-	if err := administer(`CREATE DATABASE ` + name + ` TEMPLATE ` + template); err != nil {
-		t.Fatal(err)
-	}
+	must(0, administer(`CREATE DATABASE `+name+` TEMPLATE `+template))
 	t.Cleanup(func() {
 		if err := administer(`DROP DATABASE ` + name + ` WITH (FORCE)`); err != nil {
 			t.Error(err)
@@ -143,30 +112,25 @@ type service struct {
 }
 
 // newService starts a service on a database of its own.
-func newService(t testing.TB) *service {
-	t.Helper()
-	return newServiceWithin(t, newDatabase(t), 8, 10*time.Second)
-}
+func newService(t testing.TB) *service { return newServiceWithin(t, newDatabase(t), 8, 10*time.Second) }
 
 // newServiceWithin starts a service on a database that has the schema, with a pool of size connections and a time limit.
 func newServiceWithin(t testing.TB, cfg pq.Config, size int, limit time.Duration) *service {
-	t.Helper()
-	s := newServiceOf(t, newAuthenticator(testSecret, "", "", ""), newStore(cfg, size, limit))
+	s := newServiceOf(t, bySecret(), newStore(cfg, size, limit))
 	s.store.applied.Store(true)
 	return s
 }
 
 // newServiceOn starts a service that judges tokens with auth and has not reached its database.
-func newServiceOn(t testing.TB, auth *authenticator) *service {
-	t.Helper()
-	return newServiceOf(t, auth, newStore(pq.Config{}, 1, time.Second))
+func newServiceOn(t testing.TB, a *authenticator) *service {
+	return newServiceOf(t, a, newStore(pq.Config{}, 1, time.Second))
 }
 
 func newServiceOf(t testing.TB, auth *authenticator, st *store) *service {
 	logs := &logRecorder{}
 	s := &service{server: &server{auth: auth, store: st,
 		users:   userLimit{limit: maxRequests, timeout: st.timeout, users: map[string]*userTurns{}},
-		origins: []string{"http://localhost:3000", "https://app.example.com"}, log: slog.New(logs)}, logs: logs}
+		origins: []string{"http://localhost:3000", "https://app.example.com"}, log: slog.New(slog.NewJSONHandler(logs, nil))}, logs: logs}
 	ts := httptest.NewUnstartedServer(asDescribed(t, s.handler()))
 	ts.Config.DisableGeneralOptionsHandler = true
 	ts.Start()
@@ -181,52 +145,35 @@ func newServiceOf(t testing.TB, auth *authenticator, st *store) *service {
 	return s
 }
 
-// A logRecorder is a slog.Handler that keeps what is logged, as JSON.
+// A logRecorder keeps the lines of a log.
 type logRecorder struct {
 	mu    sync.Mutex
-	lines []logLine
+	lines []string
 }
 
-type logLine struct {
-	level slog.Level
-	text  string
-}
-
-func (l *logRecorder) Enabled(context.Context, slog.Level) bool { return true }
-func (l *logRecorder) WithAttrs([]slog.Attr) slog.Handler       { return l }
-func (l *logRecorder) WithGroup(string) slog.Handler            { return l }
-func (l *logRecorder) Handle(ctx context.Context, r slog.Record) error {
-	var b strings.Builder
-	if err := slog.NewJSONHandler(&b, nil).Handle(ctx, r); err != nil {
-		return err
-	}
+func (l *logRecorder) Write(line []byte) (int, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.lines = append(l.lines, logLine{r.Level, b.String()})
-	return nil
+	l.lines = append(l.lines, string(line))
+	return len(line), nil
 }
 
 // at takes the lines of a level out of the record.
 func (l *logRecorder) at(level slog.Level) (taken []string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	kept := l.lines[:0]
-	for _, line := range l.lines {
-		if line.level == level {
-			taken = append(taken, line.text)
-		} else {
-			kept = append(kept, line)
+	l.lines = slices.DeleteFunc(l.lines, func(line string) bool {
+		found := strings.Contains(line, fmt.Sprintf(`"level":%q`, level))
+		if found {
+			taken = append(taken, line)
 		}
-	}
-	l.lines = kept
+		return found
+	})
 	return taken
 }
 
 // tokenFor makes a valid token for a user.
-func tokenFor(t testing.TB, user string) string {
-	t.Helper()
-	return newAuthenticator(testSecret, "", "", "").developmentToken(user, time.Hour)
-}
+func tokenFor(_ testing.TB, user string) string { return bySecret().developmentToken(user, time.Hour) }
 
 // A reply is a response that has been read.
 type reply struct {
@@ -239,14 +186,7 @@ type reply struct {
 // that comes twice makes two lines. It checks what every answer has.
 func (s *service) as(t testing.TB, user, method, path, body string, headers ...string) reply {
 	t.Helper()
-	var content io.Reader
-	if body != "" {
-		content = strings.NewReader(body)
-	}
-	r, err := http.NewRequest(method, s.url, content)
-	if err != nil {
-		t.Fatal(err)
-	}
+	r := must(http.NewRequest(method, s.url, strings.NewReader(body)))
 	r.URL.Opaque = path
 	if user != "" {
 		r.Header.Set("Authorization", "Bearer "+tokenFor(t, user))
@@ -275,17 +215,13 @@ func send(t testing.TB, r *http.Request) reply {
 		t.Fatal(err)
 	}
 	defer response.Body.Close()
-	text, err := io.ReadAll(response.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return reply{response.StatusCode, response.Header, string(text)}
+	return reply{response.StatusCode, response.Header, string(must(io.ReadAll(response.Body)))}
 }
 
 // is checks the status and the whole JSON body against a text.
 func (r reply) is(t testing.TB, status int, body string) reply {
 	t.Helper()
-	if r.status != status || !sameJSON(t, r.body, body) {
+	if r.status != status || r.body != body && !reflect.DeepEqual(jsonValue(r.body), jsonValue(body)) {
 		t.Errorf("got %d %s\nwant %d %s", r.status, r.body, status, body)
 	}
 	if media := r.header.Get("Content-Type"); body != "" && media != "application/json" {
@@ -294,20 +230,15 @@ func (r reply) is(t testing.TB, status int, body string) reply {
 	return r
 }
 
-func sameJSON(t testing.TB, got, want string) bool {
-	t.Helper()
-	if got == want {
-		return true
+// jsonValue reads a JSON text, its numbers as they are written. What is no JSON becomes an error.
+func jsonValue(text string) (value any) {
+	if !json.Valid([]byte(text)) {
+		return errors.New("no JSON: " + text)
 	}
-	decode := func(text string) (value any) {
-		d := json.NewDecoder(strings.NewReader(text))
-		d.UseNumber()
-		if err := d.Decode(&value); err != nil {
-			return err
-		}
-		return value
-	}
-	return reflect.DeepEqual(decode(got), decode(want))
+	d := json.NewDecoder(strings.NewReader(text))
+	d.UseNumber()
+	_ = d.Decode(&value)
+	return value
 }
 
 // A taskJSON is a task as clients see it, written out again so that a renamed field is noticed.
@@ -337,7 +268,7 @@ func (r reply) tasks(t testing.TB) (tasks []taskJSON) {
 
 func (r reply) decode(t testing.TB, into any) {
 	t.Helper()
-	d := json.NewDecoder(bytes.NewReader([]byte(r.body)))
+	d := json.NewDecoder(strings.NewReader(r.body))
 	d.DisallowUnknownFields()
 	if err := d.Decode(into); err != nil || r.status > 299 {
 		t.Fatalf("%d %s: %v", r.status, r.body, err)
@@ -347,31 +278,26 @@ func (r reply) decode(t testing.TB, into any) {
 // create makes a task and returns it.
 func (s *service) create(t testing.TB, user, title string) taskJSON {
 	t.Helper()
-	body, _ := json.Marshal(map[string]string{"title": title})
-	return s.as(t, user, "POST", "/api/"+url.PathEscape(user)+"/tasks", string(body), "Content-Type", "application/json").task(t)
+	body := mustJSON(t, map[string]string{"title": title})
+	return s.as(t, user, "POST", "/api/"+url.PathEscape(user)+"/tasks", body, "Content-Type", "application/json").task(t)
 }
 
-func mustJSON(t testing.TB, value any) string {
-	t.Helper()
-	b, err := json.Marshal(value)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(b)
-}
+func mustJSON(_ testing.TB, value any) string { return string(must(json.Marshal(value))) }
 
 // The bodies of errors. problem writes one entry of a 422, with the insides of loc and ctx as JSON.
 const (
-	notFound = `{"detail":"Task not found"}`
-	modified = `{"detail":"Task has been modified"}`
-	outage   = `{"detail":"Service temporarily unavailable"}`
+	forbidden   = `{"detail":"Forbidden"}`
+	notFound    = `{"detail":"Task not found"}`
+	modified    = `{"detail":"Task has been modified"}`
+	tooLarge    = `{"detail":"Request body too large"}`
+	unsupported = `{"detail":"Unsupported media type: send application/json"}`
 )
 
 func problems(list ...string) string { return `{"detail":[` + strings.Join(list, ",") + `]}` }
 
 func problem(kind, loc, msg, input string, ctx ...string) string {
 	text := fmt.Sprintf(`{"type":%q,"loc":[%s],"msg":%q,"input":%s`, kind, loc, msg, input)
-	for _, members := range ctx {
+	if members := strings.Join(ctx, ","); members != "" {
 		text += `,"ctx":{` + members + `}`
 	}
 	return text + "}"
@@ -385,55 +311,44 @@ func noInteger(loc, input string) string {
 	return problem("int_parsing", loc, "Input should be a valid integer, unable to parse string as an integer", input)
 }
 
+func noString(field, input string) string {
+	return problem("string_type", `"body","`+field+`"`, "Input should be a valid string", input)
+}
+
+func noKey(input string) string {
+	const pattern = "^[!-~]{1,255}$"
+	return problem("string_pattern_mismatch", `"header","Idempotency-Key"`, "String should match pattern '"+pattern+"'", input,
+		`"pattern":"`+pattern+`"`)
+}
+
 // raw sends what net/http's client would not, and reads the head of the answer.
 func (s *service) raw(t testing.TB, head string) *http.Response {
-	t.Helper()
-	conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	conn := must(net.Dial("tcp", strings.TrimPrefix(s.url, "http://")))
 	t.Cleanup(func() { _ = conn.Close() })
-	if _, err := io.WriteString(conn, head+"\r\n\r\n"); err != nil {
-		t.Fatal(err)
-	}
-	response, err := http.ReadResponse(bufio.NewReader(conn), nil)
-	if err != nil {
-		t.Fatal(head, err)
-	}
-	return response
+	must(io.WriteString(conn, head+"\r\n\r\n"))
+	return must(http.ReadResponse(bufio.NewReader(conn), nil))
 }
 
 // exec runs a statement in the service's database, beside the service.
-func (s *service) exec(t testing.TB, statement string, args ...any) {
-	t.Helper()
-	if _, err := s.store.probe.Exec(statement, args...); err != nil {
-		t.Fatal(err)
-	}
+func (s *service) exec(_ testing.TB, statement string, args ...any) {
+	must(s.store.probe.Exec(statement, args...))
 }
 
 // behindLock has n calls of f wait for what the statement locks or changes, then releases them all at once.
-func (s *service) behindLock(t testing.TB, n int, f func(int), statement string, args ...any) {
+func (s *service) behindLock(t testing.TB, n int, f func(int), statement string) {
 	t.Helper()
-	tx, err := s.store.db.Begin()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := tx.Exec(statement, args...); err != nil {
-		t.Fatal(err)
-	}
+	tx := must(s.store.db.Begin())
+	must(tx.Exec(statement))
 	var calls sync.WaitGroup
 	for i := range n {
 		calls.Go(func() { f(i) })
 	}
-	const query = `SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'`
-	for waiting, end := 0, time.Now().Add(8*time.Second); waiting < n; {
-		if err := s.store.probe.QueryRow(query).Scan(&waiting); err != nil || time.Now().After(end) {
-			t.Fatalf("%d of %d wait: %v", waiting, n, err)
-		}
-	}
-	if err := tx.Commit(); err != nil {
-		t.Fatal(err)
-	}
+	eventually(t, "all wait", func() bool {
+		const query = `SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND ` + waiting
+		count := 0
+		return s.store.probe.QueryRow(query).Scan(&count) == nil && count >= n
+	})
+	must(0, tx.Commit())
 	calls.Wait()
 }
 
@@ -441,55 +356,45 @@ func TestEveryRouteJudgesTheTokenThenTheOwner(t *testing.T) {
 	t.Parallel()
 	s := newService(t)
 	mine := s.create(t, "ann", "mine")
-	expired := s.auth.developmentToken("ann", -time.Second)
-	own := fmt.Sprintf("/api/ann/tasks/%d", mine.ID)
-	for _, request := range []string{"GET /api/ann/tasks", "HEAD /api/ann/tasks", "POST /api/ann/tasks", "GET " + own, "HEAD " + own,
-		"PATCH " + own, "DELETE " + own} {
-		method, path, _ := strings.Cut(request, " ")
-		for authorization, detail := range map[string]string{"": "Invalid authorization header",
-			"Basic YW5uOnB3": "Invalid authorization header", "Bearer x.y.z": "Invalid token",
-			"Bearer " + expired: "Token expired", "Bearer " + tokenFor(t, "bob"): "Forbidden"} {
-			status, challenge, headers := 401, "Bearer", []string{"Authorization", authorization}
-			if detail == "Forbidden" {
-				status, challenge = 403, ""
+	list, own := "/api/ann/tasks", fmt.Sprintf("/api/ann/tasks/%d", mine.ID)
+	for _, route := range [][]string{{"GET", list}, {"POST", list}, {"GET", own}, {"PATCH", own}, {"DELETE", own}} {
+		for _, test := range []struct {
+			authorization     []string
+			status            int
+			challenge, detail string
+		}{
+			{nil, 401, "Bearer", `{"detail":"Invalid authorization header"}`},
+			{[]string{"Bearer x.y.z"}, 401, "Bearer", `{"detail":"Invalid token"}`},
+			{[]string{"Bearer " + s.auth.developmentToken("ann", -time.Second)}, 401, "Bearer", `{"detail":"Token expired"}`},
+			{[]string{"Bearer " + tokenFor(t, "bob")}, 403, "", forbidden},
+		} {
+			got := s.as(t, "", route[0], route[1], `{"title":"x"}`, pairs("Authorization", test.authorization)...)
+			if got.is(t, test.status, test.detail).header.Get("WWW-Authenticate") != test.challenge {
+				t.Errorf("%s with %q: WWW-Authenticate is %q", route, test.authorization, got.header.Get("WWW-Authenticate"))
 			}
-			if authorization == "" {
-				headers = nil
-			}
-			got := s.as(t, "", method, path, `{"title":"x"}`, headers...)
-			want := map[bool]string{false: fmt.Sprintf(`{"detail":%q}`, detail)}[method == "HEAD"]
-			if got.is(t, status, want).header.Get("WWW-Authenticate") != challenge {
-				t.Errorf("%s with %q: WWW-Authenticate is %q", request, authorization, got.header.Get("WWW-Authenticate"))
-			}
+		}
+		if route[1] == own {
+			s.as(t, "bob", route[0], strings.Replace(own, "ann", "bob", 1), `{"title":"x"}`).is(t, 404, notFound)
 		}
 	}
 	s.as(t, "ann", "GET", own, "").is(t, 200, mustJSON(t, mine))
 }
 
-func TestUnknownPathsAre404WhateverTheMethodAndToken(t *testing.T) {
+func TestUnknownPathsAre404AndOtherMethods405WhateverTheToken(t *testing.T) {
 	t.Parallel()
 	s := newServiceOn(t, newAuthenticator("", "", "", ""))
-	for _, path := range []string{"/", "/api", "/api/", "/api/ann", "/api/ann/", "/api/ann/tasks/", "/api//tasks", "/api/ann//tasks",
-		"/api/ann/tasks//",
-		"/api/ann/tasks/1/", "/api/ann/tasks/1/x", "/API/ann/tasks", "/api/ann/Tasks", "/health/", "/health/x", "/./health",
-		"/api/../health", "/api/x/../ann/tasks",
-		"/api%2Fann/tasks", "/api/ann%2Ftasks", "/api/ann/tasks%2F1", "/api/ann/tasks/1%2F/", "/healthz", "/ready%00", "/favicon.ico",
-		"/tasks", "/api/ann/tasks;x"} {
-		for _, method := range []string{"GET", "POST", "DELETE", "OPTIONS", "BREW"} {
+	unknown := strings.Fields(`/ /api /api/ /api/ann /api/ann/ /api/ann/tasks/ /api//tasks /api/ann//tasks /api/ann/tasks// /api/ann/tasks/1/
+		/api/ann/tasks/1/x /API/ann/tasks /api/ann/Tasks /health/ /health/x /./health /api/../health /api/x/../ann/tasks /api%2Fann/tasks
+		/api/ann%2Ftasks /api/ann/tasks%2F1 /api/ann/tasks/1%2F/ /healthz /ready%00 /favicon.ico /tasks /api/ann/tasks;x`)
+	known := map[string]string{"/health": "GET, HEAD", "/ready": "GET, HEAD", "/openapi.json": "GET, HEAD", "/docs": "GET, HEAD",
+		"/api/ann/tasks": "GET, HEAD, POST", "/api/ann/tasks/1": "GET, HEAD, PATCH, DELETE",
+		"/api/a%2Fb/tasks/x%2Fy": "GET, HEAD, PATCH, DELETE"}
+	for _, method := range strings.Fields("GET POST PUT PATCH DELETE OPTIONS TRACE BREW get PROPFIND") {
+		for _, path := range unknown {
 			s.as(t, "", method, path, `{"title":`, "Content-Type", "text/plain").is(t, 404, `{"detail":"Not Found"}`)
 		}
-	}
-}
-
-func TestOtherMethodsOfAPathAre405WithAllow(t *testing.T) {
-	t.Parallel()
-	s := newServiceOn(t, newAuthenticator("", "", "", ""))
-	for path, allow := range map[string]string{"/health": "GET, HEAD", "/ready": "GET, HEAD", "/openapi.json": "GET, HEAD",
-		"/docs":          "GET, HEAD",
-		"/api/ann/tasks": "GET, HEAD, POST", "/api/ann/tasks/1": "GET, HEAD, PATCH, DELETE",
-		"/api/a%2Fb/tasks/x%2Fy": "GET, HEAD, PATCH, DELETE"} {
-		for _, method := range []string{"POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "BREW", "get", "PROPFIND"} {
-			if slices.Contains(strings.Split(allow, ", "), method) {
+		for path, allow := range known {
+			if strings.Contains(allow, method) {
 				continue
 			}
 			got := s.as(t, "", method, path, "", "Origin", "https://elsewhere.example").is(t, 405, `{"detail":"Method Not Allowed"}`)
@@ -502,29 +407,26 @@ func TestOtherMethodsOfAPathAre405WithAllow(t *testing.T) {
 
 func TestRequestsThatNoClientLibraryWouldSend(t *testing.T) {
 	t.Parallel()
-	s := newServiceOn(t, newAuthenticator(testSecret, "", "", ""))
-	const nowhere, host = `{"detail":"Not Found"}`, "\r\nHost: x"
+	s := newServiceOn(t, bySecret())
+	const nowhere, healthy, host = `{"detail":"Not Found"}`, `{"status":"healthy"}`, "\r\nHost: x"
 	token := host + "\r\nAuthorization: Bearer " + tokenFor(t, "ann")
+	expect := token + "\r\nExpect: 100-continue\r\nContent-Length: "
 	for _, test := range []struct {
 		head   string
 		status int
 		body   string
 	}{
-		{"GET /health HTTP/1.0", 200, `{"status":"healthy"}`},
-		{"GET http://elsewhere.example/health HTTP/1.1" + host, 200, `{"status":"healthy"}`},
+		{"GET /health HTTP/1.0", 200, healthy},
+		{"GET http://elsewhere.example/health HTTP/1.1" + host, 200, healthy},
 		{"GET //health HTTP/1.1" + host, 404, nowhere},
 		{"GET //api/ann/tasks HTTP/1.1" + token, 404, nowhere},
 		{"GET http://elsewhere.example HTTP/1.1" + host, 404, nowhere},
 		{"OPTIONS * HTTP/1.1" + host, 404, nowhere},
-		{"POST /api/ann/tasks HTTP/1.1" + token + "\r\nExpect: 100-continue\r\nContent-Length: 1048577", 413,
-			`{"detail":"Request body too large"}`},
-		{"POST /api/bob/tasks HTTP/1.1" + token + "\r\nExpect: 100-continue\r\nContent-Length: 10", 403, `{"detail":"Forbidden"}`},
+		{"POST /api/ann/tasks HTTP/1.1" + expect + "1048577", 413, tooLarge},
+		{"POST /api/bob/tasks HTTP/1.1" + expect + "10", 403, forbidden},
 	} {
 		response := s.raw(t, test.head)
-		text, err := io.ReadAll(io.LimitReader(response.Body, response.ContentLength))
-		if err != nil {
-			t.Error(err)
-		}
+		text := must(io.ReadAll(io.LimitReader(response.Body, response.ContentLength)))
 		reply{response.StatusCode, response.Header, string(text)}.is(t, test.status, test.body)
 	}
 }
@@ -532,37 +434,34 @@ func TestRequestsThatNoClientLibraryWouldSend(t *testing.T) {
 func TestTheUserInThePathIsPercentDecodedOnce(t *testing.T) {
 	t.Parallel()
 	s := newService(t)
-	for _, test := range []struct {
-		user         string
-		same, others []string
-	}{
-		{"ann", []string{"ann", "%61nn", "%61%6E%6e"}, []string{"Ann", "ann%20", "%20ann", "ann%00", "ann%2F", "%2561nn", "ann%FF", "%2E"}},
-		{"a/b", []string{"a%2Fb", "a%2fb"}, []string{"a%252Fb", "a", "b", `a\b`}},
-		{"a%2Fb", []string{"a%252Fb", "a%252%46b"}, []string{"a%2Fb"}},
-		{"a b", []string{"a%20b"}, []string{"a+b", "ab", "a%2520b"}},
-		{"a+b", []string{"a+b", "a%2Bb"}, []string{"a%20b", "a%252Bb"}},
-		{"ü €", []string{"%C3%BC%20%E2%82%AC", "ü%20€"}, []string{"u%CC%88%20%E2%82%AC", "%FC%20%E2%82%AC"}},
-		{`a/"<b>^|`, []string{"a%2F%22%3Cb%3E%5E%7C"}, []string{`"<b>^|`}},
-		{"$&'()*,;:@=!~", []string{"$&'()*,;:@=!~"}, []string{"$&'()*,"}},
-		{"?#", []string{"%3F%23"}, []string{"%3F"}},
-		{strings.Repeat("😀", 63) + "abc", []string{strings.Repeat("😀", 63) + "abc"}, []string{strings.Repeat("😀", 63)}},
+	emojis := strings.Repeat("😀", 63)
+	for user, names := range map[string][2]string{ // in a path: those of the user, and others
+		"ann":           {"ann %61nn %61%6E%6e", "Ann ann%20 %20ann ann%00 ann%2F %2561nn ann%FF %2E"},
+		"a/b":           {"a%2Fb a%2fb", `a%252Fb a b a\b`},
+		"a%2Fb":         {"a%252Fb a%252%46b", "a%2Fb"},
+		"a b":           {"a%20b", "a+b ab a%2520b"},
+		"a+b":           {"a+b a%2Bb", "a%20b a%252Bb"},
+		"ü €":           {"%C3%BC%20%E2%82%AC ü%20€", "u%CC%88%20%E2%82%AC %FC%20%E2%82%AC"},
+		`a/"<b>^|`:      {"a%2F%22%3Cb%3E%5E%7C", `"<b>^|`},
+		"$&'()*,;:@=!~": {"$&'()*,;:@=!~", "$&'()*,"},
+		"?#":            {"%3F%23", "%3F"},
+		emojis + "abc":  {emojis + "abc", emojis},
 	} {
-		for n, name := range test.same {
+		for n, name := range strings.Fields(names[0]) {
 			path := "/api/" + name + "/tasks"
-			got := s.as(t, test.user, "POST", path, `{"title":"x"}`)
-			task := got.task(t)
-			s.as(t, test.user, "GET", got.header.Get("Location"), "").is(t, 200, mustJSON(t, task))
-			if want := fmt.Sprintf("/api/%s/tasks/%d", url.PathEscape(test.user), task.ID); task.UserID != test.user ||
-				got.header.Get("Location") != want {
-				t.Errorf("%s: got user %q at %s", path, task.UserID, got.header.Get("Location"))
+			got := s.as(t, user, "POST", path, `{"title":"x"}`)
+			task, location := got.task(t), got.header.Get("Location")
+			if task.UserID != user || location != fmt.Sprintf("/api/%s/tasks/%d", url.PathEscape(user), task.ID) {
+				t.Errorf("%s: got user %q at %s", path, task.UserID, location)
 			}
-			s.create(t, test.user, "y")
-			if pages := s.pages(t, test.user, path+"?limit=1"); len(pages) != 2*n+2 {
+			s.as(t, user, "GET", location, "").is(t, 200, got.body)
+			s.create(t, user, "y")
+			if pages := s.pages(t, user, path+"?limit=1"); len(pages) != 2*n+2 {
 				t.Errorf("%s: %d pages", path, len(pages))
 			}
 		}
-		for _, name := range test.others {
-			s.as(t, test.user, "GET", "/api/"+name+"/tasks", "").is(t, 403, `{"detail":"Forbidden"}`)
+		for _, name := range strings.Fields(names[1]) {
+			s.as(t, user, "GET", "/api/"+name+"/tasks", "").is(t, 403, forbidden)
 		}
 	}
 }
@@ -570,12 +469,10 @@ func TestTheUserInThePathIsPercentDecodedOnce(t *testing.T) {
 func TestHEADAnswersAsGETDoesWithoutABody(t *testing.T) {
 	t.Parallel()
 	s := newService(t)
-	task := s.create(t, "ann", "x")
+	own := fmt.Sprintf("/api/ann/tasks/%d", s.create(t, "ann", "x").ID)
 	s.create(t, "ann", "y")
-	own := fmt.Sprintf("/api/ann/tasks/%d", task.ID)
 	for _, test := range [][]string{{"/health"}, {"/ready"}, {"/docs"}, {"/openapi.json"}, {"/api/ann/tasks"}, {"/api/ann/tasks?limit=1"},
-		{own},
-		{own, "If-None-Match", "*"}, {"/api/ann/tasks/0"}, {"/api/ann/tasks/x"}, {"/api/ann/tasks?limit=x"}, {"/api/bob/tasks"},
+		{own}, {own, "If-None-Match", "*"}, {"/api/ann/tasks/0"}, {"/api/ann/tasks/x"}, {"/api/ann/tasks?limit=x"}, {"/api/bob/tasks"},
 		{"/nowhere"}, {own, "Authorization", "twice"}} {
 		headers := append([]string{"X-Request-ID", "same", "Origin", "https://app.example.com"}, test[1:]...)
 		get, head := s.as(t, "ann", "GET", test[0], "", headers...), s.as(t, "ann", "HEAD", test[0], "", headers...)
@@ -590,54 +487,38 @@ func TestHEADAnswersAsGETDoesWithoutABody(t *testing.T) {
 func TestASaneRequestIDIsTakenOver(t *testing.T) {
 	t.Parallel()
 	s := newServiceOn(t, newAuthenticator("", "", "", ""))
-	seen := map[string]bool{}
 	for id, sane := range map[string]bool{"a": true, "A-z_0.9": true, strings.Repeat("x", 128): true, strings.Repeat("x", 129): false,
 		"a b": false, "": false, "é": false, "a/b": false, "a\tb": false} {
-		for range 2 {
-			got := s.as(t, "", "GET", "/health", "", "X-Request-ID", id).header.Get("X-Request-ID")
-			if sane != (got == id) || !sane && seen[got] {
-				t.Errorf("%q became %q", id, got)
-			}
-			seen[got] = true
+		ask := func() string { return s.as(t, "", "GET", "/health", "", "X-Request-ID", id).header.Get("X-Request-ID") }
+		if one, two := ask(), ask(); (one == id) != sane || (two == one) != sane {
+			t.Errorf("%q became %q and %q", id, one, two)
 		}
 	}
 }
 
-func TestATaskIsShownWholeEverywhere(t *testing.T) {
+func TestEveryRequestIsOneLogLineWithoutSecrets(t *testing.T) {
 	t.Parallel()
 	s := newService(t)
-	got := s.as(t, "ann", "POST", "/api/ann/tasks",
-		` {"title" : "a title", "id": 77, "user_id": "bob", "is_completed": true, "created_at": 5} `)
-	task := got.task(t)
-	own := fmt.Sprintf("/api/ann/tasks/%d", task.ID)
-	want := taskJSON{task.ID, "ann", "a title", nil, false, task.CreatedAt, task.UpdatedAt}
-	if !strings.Contains(got.body, `"title":"a title"`) {
-		t.Errorf("got %s", got.body)
-	}
-	got.is(t, 201, mustJSON(t, want))
-	at, err := time.Parse("2006-01-02T15:04:05.000000Z", task.CreatedAt)
-	if task.ID < 1 || err != nil || len(task.CreatedAt) != 27 || task.UpdatedAt != task.CreatedAt || time.Since(at).Abs() > time.Minute {
-		t.Errorf("got %s", got.body)
-	}
-	if location := got.header.Get("Location"); location != own {
-		t.Errorf("Location is %q", location)
-	}
-	for _, at := range []string{"2026-01-02T03:04:05.000000Z", "2026-01-02T03:04:05.100000Z", "1999-12-31T23:59:59.999999Z"} {
-		s.exec(t, `UPDATE tasks SET created_at = $1, updated_at = $1`, at)
-		want.CreatedAt, want.UpdatedAt = at, at
-		one := s.as(t, "ann", "GET", own, "").is(t, 200, mustJSON(t, want))
-		s.as(t, "ann", "GET", "/api/ann/tasks", "").is(t, 200, mustJSON(t, []taskJSON{want}))
-		empty := s.as(t, "ann", "PATCH", own, `{}`).is(t, 200, mustJSON(t, want))
-		if tag := one.header.Get("ETag"); !regexp.MustCompile(`^"[!#-~]+"$`).MatchString(tag) || empty.header.Get("ETag") != tag {
-			t.Errorf("ETag is %q, then %q", tag, empty.header.Get("ETag"))
+	const list, one = "/api/{user_id}/tasks", "/api/{user_id}/tasks/{task_id}"
+	own := fmt.Sprintf("/api/ann/tasks/%d", s.create(t, "ann", "x").ID)
+	varying := regexp.MustCompile(`"(time|duration_ms|remote)":("2[-0-9T:.]+(Z|[+-]\d\d:\d\d)"|[0-9.]+|"127.0.0.1:\d+")`)
+	for _, test := range []struct{ user, logged, method, path, route, body string }{
+		{"ann", "ann", "GET", own + "?secret=hush", one, ""},
+		{"ann", "ann", "POST", "/api/ann/tasks", list, `{"title":"hush"}`},
+		{"bob", "bob", "PATCH", own, one, `{"title":"hush"}`},
+		{"ann", "ann", "PATCH", own, one, `{"title":["hush"]}`},
+		{"", "", "GET", "/api/ann/tasks", list, ""},
+		{"ann", "", "GET", "/hush", "", ""},
+		{"", "", "GET", "/health", "/health", ""},
+		{"", "", "PUT", "/health", "/health", "hush"},
+	} {
+		s.logs.at(slog.LevelInfo)
+		got := s.as(t, test.user, test.method, test.path, test.body, "X-Request-ID", "an-id", "Cookie", "session=hush")
+		want := fmt.Sprintf(`{time,"level":"INFO","msg":"request","method":%q,"route":%q,"status":%d,duration_ms,"bytes":%d,"user":%q,`+
+			`remote,"request_id":"an-id"}`+"\n", test.method, test.route, got.status, len(got.body), test.logged)
+		if lines := s.logs.at(slog.LevelInfo); len(lines) != 1 || varying.ReplaceAllString(lines[0], "$1") != want {
+			t.Errorf("logged %q, want %s", lines, want)
 		}
-	}
-	s.as(t, "ann", "DELETE", own, "", "Content-Type", "text/plain; =").is(t, 204, "")
-	s.as(t, "ann", "DELETE", own, "and a body", "Content-Type", "nonsense").is(t, 404, notFound)
-	s.as(t, "ann", "GET", own, "").is(t, 404, notFound)
-	s.as(t, "ann", "GET", "/api/ann/tasks", "").is(t, 200, `[]`)
-	if next := s.create(t, "ann", "next"); next.ID <= task.ID {
-		t.Errorf("id %d after %d", next.ID, task.ID)
 	}
 }
 
@@ -645,103 +526,112 @@ func TestEveryFaultOfABodyIsNamedInFieldOrder(t *testing.T) {
 	t.Parallel()
 	s := newService(t)
 	old := s.create(t, "ann", "old")
-	missing := problem("missing", `"body"`, "Field required", "null")
-	untitled := func(body string) string { return problem("missing", `"body","title"`, "Field required", body) }
-	object := func(input string) string {
-		return problem("model_attributes_type", `"body"`, "Input should be a valid dictionary or object to extract fields from", input)
-	}
-	text := func(field, input string) string {
-		return problem("string_type", `"body","`+field+`"`, "Input should be a valid string", input)
-	}
-	unstorable := func(field, input string) string {
-		return problem("value_error", `"body","`+field+`"`, "Value error, text must not contain U+0000 or lone surrogates", input,
-			`"error":{}`)
-	}
-	boolean := func(input string) string {
-		return problem("bool_type", `"body","is_completed"`, "Input should be a valid boolean", input)
-	}
-	short := problem("string_too_short", `"body","title"`, "String should have at least 1 character", `""`, `"min_length":1`)
-	long := `"` + strings.Repeat("😀", 201) + `"`
-	tests := map[string]string{ // BOTH is POST and PATCH
-		`POST {}`: untitled(`{}`), `POST {"Title":"x","TITLE":"y","titl\u0065 ":"z"}`: untitled(`{"Title":"x","TITLE":"y","title ":"z"}`),
-		`POST {"is_completed":null}`:                          untitled(`{"is_completed":null}`),
-		`POST {"description":5}`:                              untitled(`{"description":5}`) + "," + text("description", "5"),
-		`POST {"title":"","description":[],"is_completed":7}`: short + "," + text("description", "[]"),
-		`PATCH {"title":7,"is_completed":"yes","description":{"a":1}}`: text("title", "7") + "," + text("description", `{"a":1}`) +
-			"," + boolean(`"yes"`),
-		`PATCH {"description":"\udfff","title":"\u0000","is_completed":{}}`: unstorable("title", `"\u0000"`) + "," +
-			unstorable("description", `"\udfff"`) + "," + boolean("{}"),
-		`PATCH {"is_completed":true,"is_completed":null}`: boolean("null"),
-		"BOTH ": missing, "BOTH null": missing, "BOTH  null\n": missing, "BOTH []": object("[]"),
-		`BOTH [{"title":"x"}]`: object(`[{"title":"x"}]`), `BOTH "title"`: object(`"title"`),
-		"BOTH  7 ": object("7"), "BOTH false": object("false"), `BOTH {"title":null}`: text("title", "null"),
-		`BOTH {"title":["x"]}`: text("title", `["x"]`), `BOTH {"title":true}`: text("title", "true"),
-		`BOTH {"title":1e400}`: text("title", "1e400"), `BOTH {"title":"x","title":"y","title":7}`: text("title", "7"),
-		`BOTH {"title":""}`: short, `BOTH {"title":"x","description":false}`: text("description", "false"),
-		`BOTH {"title":` + long +
-			`}`: problem("string_too_long", `"body","title"`, "String should have at most 200 characters", long, `"max_length":200`),
-		`BOTH {"title":"\ud83d\u0041"}`:             unstorable("title", `"\ud83d\u0041"`),
-		`BOTH {"title":"\ude00\ud83d"}`:             unstorable("title", `"\ude00\ud83d"`),
-		`BOTH {"title":"\ud83d\ude00\udbff"}`:       unstorable("title", `"\ud83d\ude00\udbff"`),
-		`BOTH {"title":"x","description":"\u0000"}`: unstorable("description", `"\u0000"`),
-	}
-	for _, value := range []string{`null`, `"true"`, `1`, `0`, `1.0`, `""`, `[]`} {
-		tests[`PATCH {"is_completed":`+value+`}`] = boolean(value)
-	}
-	for request, want := range tests {
-		_, body, _ := strings.Cut(request, " ")
+	check := func(methods, body string, want ...string) {
+		t.Helper()
 		for method, path := range map[string]string{"POST": "/api/ann/tasks", "PATCH": fmt.Sprintf("/api/ann/tasks/%d", old.ID)} {
-			if strings.HasPrefix(request, method) || strings.HasPrefix(request, "BOTH") {
-				got := s.as(t, "ann", method, path, body).is(t, 422, problems(want))
-				if i := strings.Index(want, `\u`); i >= 0 &&
-					!strings.Contains(got.body, want[i:i+6]) { // sameJSON does not see the difference
-					t.Errorf("%s: the input is altered in %s", request, got.body)
+			if strings.Contains(methods, method) {
+				got := s.as(t, "ann", method, path, body).is(t, 422, problems(want...)).body
+				if escape := regexp.MustCompile(`\\u....`).FindString(want[0]); !strings.Contains(got, escape) { // is sees no difference
+					t.Errorf("%s %s: the input is altered in %s", method, body, got)
 				}
 			}
 		}
 	}
+	const both, title, description = "POST PATCH", `{"title":INPUT}`, `{"title":"x","description":INPUT}`
+	const required, text, boolean = "Field required", "Input should be a valid string", "Input should be a valid boolean"
+	const storable = "Value error, text must not contain U+0000 or lone surrogates"
+	emojis := `"` + strings.Repeat("😀", 201) + `"`
+	for _, test := range []struct {
+		methods, body, kind, loc, msg, ctx string
+		inputs                             []string
+	}{
+		{both, " INPUT\n", "missing", `"body"`, required, "", []string{"null"}},
+		{both, " INPUT\n", "model_attributes_type", `"body"`, "Input should be a valid dictionary or object to extract fields from", "",
+			[]string{"[]", `[{"title":"x"}]`, `"title"`, "7", "false"}},
+		{"POST", "INPUT", "missing", `"body","title"`, required, "",
+			[]string{"{}", `{"Title":"x","TITLE":"y","titl\u0065 ":"z"}`, `{"is_completed":null}`}},
+		{both, title, "string_type", `"body","title"`, text, "", []string{"null", `["x"]`, "true", "1e400", `{"a":1}`}},
+		{both, title, "string_too_short", `"body","title"`, "String should have at least 1 character", `"min_length":1`, []string{`""`}},
+		{both, title, "string_too_long", `"body","title"`, "String should have at most 200 characters", `"max_length":200`, []string{emojis}},
+		{both, title, "value_error", `"body","title"`, storable, `"error":{}`,
+			[]string{`"\ud83d\u0041"`, `"\ude00\ud83d"`, `"\ud83d\ude00\udbff"`, `"\u0000"`}},
+		{both, description, "string_type", `"body","description"`, text, "", []string{"false"}},
+		{both, description, "value_error", `"body","description"`, storable, `"error":{}`, []string{`"\u0000"`, `"\udfff"`}},
+		{"PATCH", `{"is_completed":INPUT}`, "bool_type", `"body","is_completed"`, boolean, "",
+			[]string{"null", `"true"`, "1", "0", "1.0", `""`, "[]", "{}"}},
+	} {
+		for _, input := range test.inputs {
+			check(test.methods, strings.Replace(test.body, "INPUT", input, 1), problem(test.kind, test.loc, test.msg, input, test.ctx))
+		}
+	}
+	check(both, "", problem("missing", `"body"`, required, "null"))
+	check(both, `{"title":"x","title":"y","title":7}`, noString("title", "7"))
+	check("POST", `{"is_completed":7,"description":[]}`,
+		problem("missing", `"body","title"`, required, `{"is_completed":7,"description":[]}`), noString("description", "[]"))
+	check("PATCH", `{"title":7,"is_completed":true,"is_completed":"yes","description":{}}`,
+		noString("title", "7"), noString("description", "{}"), problem("bool_type", `"body","is_completed"`, boolean, `"yes"`))
 	s.as(t, "ann", "GET", "/api/ann/tasks", "").is(t, 200, mustJSON(t, []taskJSON{old}))
 }
 
-func TestTextIsKeptAsItIs(t *testing.T) {
+func TestABodyThatIsNotJSONSaysWhereInTheWordsOfEncodingJSON(t *testing.T) {
 	t.Parallel()
 	s := newService(t)
-	for input, want := range map[string]string{
-		`\ud83d\ude00 \uD83D\uDE00 😀`: "😀 😀 😀", `\"\\\/\b\f\n\r\t`: "\"\\/\b\f\n\r\t",
-		`\u0001\u001f\u007f\u0080`:          "\x01\x1f\x7f\u0080",
-		`\ufffd \ufeff \uffff \udbff\udfff`: "\ufffd \ufeff \uffff \U0010ffff", "\ufeff\u2028\u2029": "\ufeff\u2028\u2029",
-		`\\u0000 \\ud800`: `\u0000 \ud800`,
-		"e\u0301 é":       "e\u0301 é", "<b>&amp;'": "<b>&amp;'", "  spaces\u00a0 ": "  spaces\u00a0 ",
-		`%_\\`: `%_\`, "\u202eevil": "\u202eevil",
-		"$1 {} '); --":           "$1 {} '); --",
-		strings.Repeat("😀", 200): strings.Repeat("😀", 200), strings.Repeat(`\ud83d\ude00`, 200): strings.Repeat("😀", 200),
+	for body, offset := range map[string]int{ // in bytes
+		"\ufeff{}": 0, "  ": 2, "nul": 2, "nulx": 3, "\xff": 0, "title=x": 1, "NaN": 0, "{} x": 3, "{}{}": 2, "{}\x00": 2, "01": 1,
+		`{"title":"x",}`: 13, `{"a" 1}`: 5, `{"a":01}`: 6, `{"title":`: 9, `{"title":"é`: 12, "\"a\nb\"": 2, `"\x"`: 2, `"\u12g4"`: 5,
+		strings.Repeat("[", 10001): 10000, "{\"title\":\"\xff\"}": 10, "{\"é\":\"\ufffdé\xc3\"}": 12, "{\"a\":\"\xed\xa0\x80\"}": 6,
 	} {
-		body := `{"\u0074itle":"` + input + `","description":"` + input + `","x":"\ud800\u0000"}`
-		task := s.as(t, "ann", "POST", "/api/ann/tasks", body).task(t)
-		want := mustJSON(t, taskJSON{task.ID, "ann", want, &want, false, task.CreatedAt, task.UpdatedAt})
-		own := fmt.Sprintf("/api/ann/tasks/%d", task.ID)
-		s.as(t, "ann", "GET", own, "").is(t, 200, want)
-		s.as(t, "ann", "PATCH", own, body).is(t, 200, want)
-		s.as(t, "ann", "GET", "/api/ann/tasks?order=desc&limit=1", "").is(t, 200, "["+want+"]")
+		reason := "invalid UTF-8"
+		if err := json.Unmarshal([]byte(body), new(any)); err != nil {
+			reason = err.Error()
+		}
+		s.as(t, "ann", "POST", "/api/ann/tasks", body).is(t, 422, problems(invalidJSON(offset, reason)))
 	}
+	deep := strings.Repeat("[", 9999) + strings.Repeat("]", 9999)
+	for _, body := range []string{"\t\r\n {\"title\":\"x\"}\r\n", `{"title":"x","other":` + deep + `}`,
+		`{"title":"x","n":[-0.5e+7,0,1E5,-0,{}, [] ,true,{"title":null}]}`} {
+		s.as(t, "ann", "POST", "/api/ann/tasks", body).task(t)
+	}
+}
+
+// FuzzBody: what gets through is one JSON text in UTF-8, and a text of it is what encoding/json reads or is refused.
+func FuzzBody(f *testing.F) {
+	for _, seed := range []string{`{"title":"x","title":null,"Title":[1]}`, `{"title":"\ud83d\ude00","description":"\udc00\ud800\ud83d"}`,
+		"\ufeff{}", "{\"title\":\"\xff\"}", "{} x", `{"a":01}`, `{"title":"\\ud800\u0000"}`, "nul", `"\u12`, " ",
+		`{"title":"\uD83D\uDE00\uDBFF"}`} {
+		f.Add([]byte(seed))
+	}
+	f.Fuzz(func(t *testing.T, text []byte) {
+		var b body
+		var v faults
+		err := b.parse(text)
+		if (err == nil) != (json.Valid(text) && utf8.Valid(text)) {
+			t.Fatalf("%q: %v", text, err)
+		}
+		title := v.changes(b, false).title
+		if err != nil || v != nil || title == nil {
+			return
+		}
+		want, raw := "", strings.ToLower(string(b.members["title"]))
+		_ = json.Unmarshal(b.members["title"], &want)
+		invented := strings.ContainsRune(want, utf8.RuneError) && !strings.Contains(raw, "\ufffd") && !strings.Contains(raw, `\ufffd`)
+		if *title != want || strings.ContainsRune(want, 0) || invented { // for a lone surrogate
+			t.Errorf("%q: the title is %q", text, *title)
+		}
+	})
 }
 
 func TestABodyMayHaveOneMebibyte(t *testing.T) {
 	t.Parallel()
 	s := newService(t)
-	patch := fmt.Sprintf("PATCH /api/ann/tasks/%d", s.create(t, "ann", "x").ID)
+	description := strings.Repeat("x", 1<<20-len(`{"title":"x","description":""}`))
+	body := `{"title":"x","description":"` + description + `"}`
 	for _, headers := range [][]string{{"Content-Length", "set by net/http"}, {"Transfer-Encoding", "chunked"}} {
-		for _, request := range []string{"POST /api/ann/tasks", patch} {
-			method, path, _ := strings.Cut(request, " ")
-			body := `{"title":"x","description":"` + strings.Repeat("x", 1<<20-len(`{"title":"x","description":""}`)) + `"}`
-			if task := s.as(t, "ann", method, path, body,
-				headers...).task(t); len(*task.Description) != len(body)-len(`{"title":"x","description":""}`) {
-				t.Errorf("%s: got %d bytes", request, len(*task.Description))
-			}
-			for _, more := range []string{" ", strings.Repeat(" ", 3<<20)} {
-				s.as(t, "ann", method, path, body+more, append(headers, "Content-Type", "text/plain")...).is(t, 413,
-					`{"detail":"Request body too large"}`)
-			}
+		if task := s.as(t, "ann", "POST", "/api/ann/tasks", body, headers...).task(t); *task.Description != description {
+			t.Errorf("%s: got %d bytes", headers, len(*task.Description))
+		}
+		for _, more := range []string{" ", strings.Repeat(" ", 3<<20)} {
+			s.as(t, "ann", "POST", "/api/ann/tasks", body+more, append(headers, "Content-Type", "text/plain")...).is(t, 413, tooLarge)
 		}
 	}
 }
@@ -749,102 +639,85 @@ func TestABodyMayHaveOneMebibyte(t *testing.T) {
 func TestAContentTypeIsJSONOrNone(t *testing.T) {
 	t.Parallel()
 	s := newService(t)
-	path := fmt.Sprintf("/api/ann/tasks/%d", s.create(t, "ann", "x").ID)
-	for media, ok := range map[string]bool{"application/json": true, "Application/JSON; charset=latin1": true,
-		"application/problem+json": true, "model/x.y+json; a=\"b\"": true,
-		"application/merge-patch+JSON": true, "": false, "text/plain": false, "text/json": false, "application/jsonp": false,
-		"application/json+xml": false, "json": false,
-		"application/json, text/plain": false, "application/json; charset": false, "application/": false, "/json": false, "+json": false,
-		"application/x-www-form-urlencoded": false,
-		"multipart/form-data; boundary=x":   false, "application/json\nContent-Type: application/json": false} {
-		headers := strings.Split(strings.ReplaceAll("Content-Type: "+media, "\n", ": "), ": ")
-		post, patch := s.as(t, "ann", "POST", "/api/ann/tasks", `{"title":"x"}`, headers...),
-			s.as(t, "ann", "PATCH", path, `{}`, headers...)
-		if ok {
-			post.task(t)
-			patch.task(t)
-		} else {
-			post.is(t, 415, `{"detail":"Unsupported media type: send application/json"}`)
-			patch.is(t, 415, `{"detail":"Unsupported media type: send application/json"}`)
+	for ok, types := range map[bool][][]string{
+		true: {nil, {"application/json"}, {"Application/JSON; charset=latin1"}, {"application/problem+json"}, {`model/x.y+json; a="b"`},
+			{"application/merge-patch+JSON"}},
+		false: {{""}, {"text/plain"}, {"text/json"}, {"application/jsonp"}, {"application/json+xml"}, {"json"}, {"application/json, text/plain"},
+			{"application/json; charset"}, {"application/"}, {"/json"}, {"+json"}, {"application/x-www-form-urlencoded"},
+			{"multipart/form-data; boundary=x"}, {"application/json", "application/json"}},
+	} {
+		for _, lines := range types {
+			if got := s.as(t, "ann", "POST", "/api/ann/tasks", `{"title":"x"}`, pairs("Content-Type", lines)...); ok {
+				got.task(t)
+			} else {
+				got.is(t, 415, unsupported)
+			}
+			s.as(t, "ann", "GET", "/api/ann/tasks", "{", pairs("Content-Type", lines)...).tasks(t)
 		}
-		s.as(t, "ann", "GET", path, "{", headers...).task(t)
 	}
 }
 
 // Without a database: all that a request can be refused for comes before it.
 func TestARequestIsJudgedInOrder(t *testing.T) {
 	t.Parallel()
-	s := newServiceOn(t, newAuthenticator(testSecret, "", "", ""))
+	s := newServiceOn(t, bySecret())
 	untitled := problem("missing", `"body","title"`, "Field required", `{}`)
-	badID := noInteger(`"path","task_id"`, `"1.5"`)
-	pattern := "^[!-~]{1,255}$"
-	badKey := problem("string_pattern_mismatch", `"header","Idempotency-Key"`, "String should match pattern '"+pattern+"'", `"a b"`,
-		`"pattern":"`+pattern+`"`)
-	null := problem("string_type", `"body","title"`, "Input should be a valid string", `null`)
-	large := `{"title":7` + strings.Repeat(" ", 1<<20)
+	badID, badKey, null := noInteger(`"path","task_id"`, `"1.5"`), noKey(`"a b"`), noString("title", "null")
+	const list, one = "/api/ann/tasks", "/api/ann/tasks/1.5"
+	large, cut := `{"title":7`+strings.Repeat(" ", 1<<20), problems(invalidJSON(1, "unexpected end of JSON input"))
 	text, key := []string{"Content-Type", "text/plain"}, []string{"Idempotency-Key", "a b", "If-Match", `"x"`}
 	for _, test := range []struct {
-		user, request, body string
-		headers             []string
-		status              int
-		want                string
+		user, method, path, body string
+		headers                  []string
+		status                   int
+		want                     string
 	}{
-		{"", "POST /api/ann/tasks/", large, text, 404, `{"detail":"Not Found"}`},
-		{"", "PUT /api/ann/tasks", large, text, 405, `{"detail":"Method Not Allowed"}`},
-		{"", "POST /api/ann/tasks", large, text, 401, `{"detail":"Invalid authorization header"}`},
-		{"bob", "POST /api/ann/tasks", large, text, 403, `{"detail":"Forbidden"}`},
-		{"bob", "PATCH /api/ann/tasks/1.5", `{`, text, 403, `{"detail":"Forbidden"}`},
-		{"ann", "POST /api/ann/tasks", large, text, 413, `{"detail":"Request body too large"}`},
-		{"ann", "PATCH /api/ann/tasks/1.5", large, text, 413, `{"detail":"Request body too large"}`},
-		{"ann", "POST /api/ann/tasks", `{`, append(text, key...), 415, `{"detail":"Unsupported media type: send application/json"}`},
-		{"ann", "PATCH /api/ann/tasks/1.5", `{`, text, 415, `{"detail":"Unsupported media type: send application/json"}`},
-		{"ann", "POST /api/ann/tasks", `{`, key, 422, problems(invalidJSON(1, "unexpected end of JSON input"))},
-		{"ann", "PATCH /api/ann/tasks/1.5", `{`, key, 422, problems(invalidJSON(1, "unexpected end of JSON input"))},
-		{"ann", "POST /api/ann/tasks", `{}`, key, 422, problems(badKey, untitled)},
-		{"ann", "PATCH /api/ann/tasks/1.5", `{"title":null}`, key, 422, problems(badID, null)},
-		{"ann", "PATCH /api/ann/tasks/1.5", `{}`, key, 422, problems(badID)},
-		{"ann", "DELETE /api/ann/tasks/1.5", `{`, append(text, key...), 422, problems(badID)},
-		{"ann", "PATCH /api/ann/tasks/1", `{"title":null}`, key, 422, problems(null)},
-		{"ann", "GET /api/ann/tasks/1.5?limit=x", ``, key, 422, problems(badID)},
-		{"ann", "GET /api/ann/tasks?limit=x", ``, key, 422, problems(noInteger(`"query","limit"`, `"x"`))},
-		{"ann", "POST /api/ann/tasks?limit=x", `{"title":"x"}`, nil, 503, outage},
-		{"ann", "PATCH /api/ann/tasks/-99999999999999999999", `{}`, key, 503, outage},
-		{"ann", "GET /api/ann/tasks?x=%zz", ``, key, 503, outage},
-		{"ann", "DELETE /api/ann/tasks/+1", ``, key, 503, outage},
-		{"", "GET /ready", ``, nil, 503, outage},
+		{"", "POST", list + "/", large, text, 404, `{"detail":"Not Found"}`},
+		{"", "PUT", list, large, text, 405, `{"detail":"Method Not Allowed"}`},
+		{"", "POST", list, large, text, 401, `{"detail":"Invalid authorization header"}`},
+		{"bob", "POST", list, large, text, 403, forbidden},
+		{"bob", "PATCH", one, `{`, text, 403, forbidden},
+		{"ann", "POST", list, large, text, 413, tooLarge},
+		{"ann", "PATCH", one, large, text, 413, tooLarge},
+		{"ann", "POST", list, `{`, append(text, key...), 415, unsupported},
+		{"ann", "PATCH", one, `{`, text, 415, unsupported},
+		{"ann", "POST", list, `{`, key, 422, cut},
+		{"ann", "PATCH", one, `{`, key, 422, cut},
+		{"ann", "POST", list, `{}`, key, 422, problems(badKey, untitled)},
+		{"ann", "PATCH", one, `{"title":null}`, key, 422, problems(badID, null)},
+		{"ann", "DELETE", one, `{`, append(text, key...), 422, problems(badID)},
+		{"ann", "GET", one + "?limit=x", ``, key, 422, problems(badID)},
+		{"ann", "GET", list + "?limit=x", ``, key, 422, problems(noInteger(`"query","limit"`, `"x"`))},
+		{"ann", "POST", list + "?limit=x", `{"title":"x"}`, nil, 503, unavailable},
+		{"ann", "PATCH", list + "/-99999999999999999999", `{}`, key, 503, unavailable},
+		{"ann", "GET", list + "?x=%zz", ``, key, 503, unavailable},
+		{"ann", "DELETE", list + "/+1", ``, key, 503, unavailable},
+		{"", "GET", "/ready", ``, nil, 503, unavailable},
 	} {
-		method, path, _ := strings.Cut(test.request, " ")
-		got := s.as(t, test.user, method, path, test.body, test.headers...).is(t, test.status, test.want)
+		got := s.as(t, test.user, test.method, test.path, test.body, test.headers...).is(t, test.status, test.want)
 		if after := got.header.Get("Retry-After"); (test.status == 503) != regexp.MustCompile(`^[1-9][0-9]*$`).MatchString(after) {
-			t.Errorf("%s: Retry-After is %q", test.request, after)
+			t.Errorf("%s %s: Retry-After is %q", test.method, test.path, after)
 		}
 	}
 }
 
-func TestATaskIDIsAnIntegerAndTheOwners(t *testing.T) {
+func TestATaskIDIsAnInteger(t *testing.T) {
 	t.Parallel()
 	s := newService(t)
 	task := s.create(t, "ann", "x")
 	for _, id := range []string{"%d", "+%d", "00%d", "%%2B%d", "%%30%d"} {
 		s.as(t, "ann", "GET", "/api/ann/tasks/"+fmt.Sprintf(id, task.ID), "").is(t, 200, mustJSON(t, task))
 	}
-	others := map[string]string{"x": "x", "1.0": "1.0", "1e3": "1e3", "0x1": "0x1", "%201": " 1", "1_0": "1_0", "+": "+", "-": "-",
-		"+-1": "+-1", "-+1": "-+1", "--1": "--1", "1%2F2": "1/2",
-		"%D9%A1": "١", "1,": "1,", "%2E": ".", "null": "null", "1%00": "1\x00", "%22": `"`, "%3Cb%3E": "<b>", "1%0A": "1\n"}
-	for _, none := range []string{"999999", "0", "-1", "+7", strings.Repeat("9", 5000), "-99999999999999999999999999",
-		"9223372036854775807", "-9223372036854775808"} {
-		others[none] = ""
-	}
 	for _, method := range []string{"GET", "PATCH", "DELETE"} {
-		body := map[string]string{"PATCH": `{}`}[method]
-		for id, text := range others {
-			if got := s.as(t, "ann", method, "/api/ann/tasks/"+id, body); text == "" {
-				got.is(t, 404, notFound)
-			} else {
-				got.is(t, 422, problems(noInteger(`"path","task_id"`, mustJSON(t, text))))
-			}
+		for _, none := range []string{"999999", "0", "-1", "+7", strings.Repeat("9", 5000), "-99999999999999999999999999",
+			"9223372036854775807", "-9223372036854775808"} {
+			s.as(t, "ann", method, "/api/ann/tasks/"+none, `{}`).is(t, 404, notFound)
 		}
-		s.as(t, "bob", method, fmt.Sprintf("/api/bob/tasks/%d", task.ID), body).is(t, 404, notFound)
+		for _, text := range []string{"x", "1.0", "1e3", "0x1", " 1", "1_0", "+", "-", "+-1", "-+1", "--1", "1/2", "١", "1,", ".", "null",
+			"1\x00", `"`, "<b>", "1\n"} {
+			path := "/api/ann/tasks/" + strings.ReplaceAll(url.PathEscape(text), ".", "%2E")
+			s.as(t, "ann", method, path, `{}`).is(t, 422, problems(noInteger(`"path","task_id"`, mustJSON(t, text))))
+		}
 	}
 }
 
@@ -862,136 +735,34 @@ func TestAPatchChangesWhatIsThereAndMovesTheTimeOnlyThen(t *testing.T) {
 		isCompleted bool
 	}{
 		{`{}`, false, "t", &d, false},
-		{`{"title":"t"}`, false, "t", &d, false},
 		{`{"description":"d","is_completed":false,"title":"t"}`, false, "t", &d, false},
 		{`{"id":5,"user_id":"bob","updated_at":"x","Title":"z","IS_COMPLETED":true,"completed":true}`, false, "t", &d, false},
 		{`{"title":"new"}`, true, "new", &d, false},
 		{`{"description":null}`, true, "new", nil, false},
-		{`{"description":null}`, false, "new", nil, false},
 		{`{"description":""}`, true, "new", &empty, false},
-		{`{"description":""}`, false, "new", &empty, false},
 		{`{"is_completed":true}`, true, "new", &empty, true},
-		{`{"is_completed":true}`, false, "new", &empty, true},
 		{`{"title":"a","title":"b","is_completed":"no","is_completed":true}`, true, "b", &empty, true},
 		{`{"title":"B"}`, true, "B", &empty, true},
 		{`{"title":"c","description":"d","is_completed":false}`, true, "c", &d, false},
 	} {
-		tag, was := got.header.Get("ETag"), task.UpdatedAt
-		got = s.as(t, "ann", "PATCH", own, test.body)
-		task = got.task(t)
-		want := mustJSON(t, taskJSON{task.ID, "ann", test.title, test.description, test.isCompleted, task.CreatedAt, task.UpdatedAt})
-		got.is(t, 200, want)
-		if (task.UpdatedAt > was) != test.changes || (task.UpdatedAt != was) != test.changes ||
-			(got.header.Get("ETag") != tag) != test.changes {
-			t.Errorf("%s: updated_at %s, then %s; ETag %s, then %s", test.body, was, task.UpdatedAt, tag, got.header.Get("ETag"))
-		}
-		if again := s.as(t, "ann", "GET", own, "").is(t, 200, want); again.header.Get("ETag") != got.header.Get("ETag") {
-			t.Errorf("%s: GET has the ETag %s", test.body, again.header.Get("ETag"))
-		}
-	}
-	for i := range 50 {
-		was := task.UpdatedAt
-		if i == 40 {
-			was = "2999-12-31T23:59:59.999999Z"
-			s.exec(t, `UPDATE tasks SET updated_at = $1`, was)
-		}
-		if task = s.as(t, "ann", "PATCH", own, fmt.Sprintf(`{"is_completed":%t}`, i%2 == 0)).task(t); task.UpdatedAt <= was {
-			t.Errorf("updated_at %s, then %s", was, task.UpdatedAt)
-		}
-	}
-}
-
-func TestPatchesOfDifferentFieldsAtOnceAllSurvive(t *testing.T) {
-	t.Parallel()
-	s := newService(t)
-	task := s.create(t, "ann", "x")
-	own, times := fmt.Sprintf("/api/ann/tasks/%d", task.ID), make([]string, 3)
-	s.behindLock(t, 3, func(i int) {
-		times[i] = s.as(t, "ann", "PATCH", own,
-			[]string{`{"title":"new"}`, `{"description":"d"}`, `{"is_completed":true}`}[i]).task(t).UpdatedAt
-	}, `SELECT FROM tasks WHERE user_id = 'ann' FOR UPDATE`)
-	d := "d"
-	s.as(t, "ann", "GET", own, "").is(t, 200, mustJSON(t, taskJSON{task.ID, "ann", "new", &d, true, task.CreatedAt, slices.Max(times)}))
-	if slices.Sort(times); len(slices.Compact(times)) != 3 {
-		t.Errorf("got the times %q", times)
-	}
-}
-
-func TestIfNoneMatch(t *testing.T) {
-	t.Parallel()
-	s := newService(t)
-	own := fmt.Sprintf("/api/ann/tasks/%d", s.create(t, "ann", "x").ID)
-	got := s.as(t, "ann", "GET", own, "")
-	tag := got.header.Get("ETag")
-	for _, test := range []struct {
-		lines  []string
-		status int
-	}{
-		{[]string{tag}, 304}, {[]string{"W/" + tag}, 304}, {[]string{"*"}, 304}, {[]string{`"x", ` + tag}, 304},
-		{[]string{tag + ` ,"x"`}, 304}, {[]string{`"x",W/"",` + tag}, 304},
-		{[]string{`"x"`, tag}, 304}, {[]string{`,, "a,b" ,` + tag + ","}, 304}, {[]string{"\"é\"", tag}, 304},
-		{[]string{`"x"`}, 200}, {[]string{""}, 200}, {[]string{strings.Trim(tag, `"`)}, 200}, {[]string{"w/" + tag}, 200},
-		{[]string{`"*"`}, 200},
-		{[]string{strings.TrimSuffix(tag, `"`)}, 200}, {[]string{`"` + tag}, 200}, {[]string{"W/*"}, 200},
-		{[]string{strings.ToLower(tag)}, 200},
-	} {
-		var headers []string
-		for _, line := range test.lines {
-			headers = append(headers, "If-None-Match", line)
-		}
-		body := map[int]string{200: got.body}[test.status]
-		again := s.as(t, "ann", "GET", own, "", headers...).is(t, test.status, body)
-		if again.header.Get("ETag") != tag || (again.header.Get("Content-Type") == "") != (test.status == 304) {
-			t.Errorf("%q: got %v", test.lines, again.header)
-		}
-		s.as(t, "ann", "GET", "/api/ann/tasks/0", "", headers...).is(t, 404, notFound)
-	}
-}
-
-func TestIfMatchGuardsPatchAndDelete(t *testing.T) {
-	t.Parallel()
-	s := newService(t)
-	for _, test := range []struct {
-		lines []string // with TAG for the current entity tag
-		ok    bool
-	}{
-		{[]string{`TAG`}, true}, {[]string{`*`}, true}, {[]string{`"x", TAG`}, true}, {[]string{`"x"`, `TAG`}, true},
-		{[]string{`W/TAG,, TAG ,`}, true}, {nil, true},
-		{[]string{`"x"`}, false}, {[]string{`W/TAG`}, false}, {[]string{``}, false}, {[]string{`2026`}, false}, {[]string{`"TAG`}, false},
-		{[]string{`W/*`}, false}, {[]string{`"*"`}, false},
-		{[]string{`"`}, false}, {[]string{`"2026-01-02T03:04:05.1Z"`}, false}, {[]string{`"2026-01-02 03:04:05.1+00"`}, false},
-		{[]string{`"now"`, `"infinity"`}, false},
-		{[]string{`"}"`, `"{"`, `"NULL"`, `"\"`, `"a,b"`, `""`, "\"\xff\""}, false},
-		{[]string{`"2026-02-30T00:00:00.000000Z"`, `"0000-01-01T00:00:00.000000Z"`}, false},
-		{[]string{`"2026-01-02T03:04:05.+10000Z"`, `"2026-01-02T03:04:05,100000Z"`, `"2026-01-02T24:00:00.000000Z"`}, false},
-	} {
-		for method, body := range map[string]string{"PATCH": `{"title":"new"}`, "DELETE": ""} {
-			task := s.create(t, "ann", "old")
-			s.exec(t, `UPDATE tasks SET updated_at = '2026-01-02T03:04:05.1Z' WHERE id = $1`, task.ID)
-			own := fmt.Sprintf("/api/ann/tasks/%d", task.ID)
-			before := s.as(t, "ann", "GET", own, "")
-			var headers []string
-			for _, line := range test.lines {
-				headers = append(headers, "If-Match", strings.ReplaceAll(line, "TAG", before.header.Get("ETag")))
+		for _, changes := range []bool{test.changes, false} { // the second time it is all there
+			tag, was := got.header.Get("ETag"), task.UpdatedAt
+			got = s.as(t, "ann", "PATCH", own, test.body)
+			task = got.task(t)
+			want := taskJSON{task.ID, "ann", test.title, test.description, test.isCompleted, task.CreatedAt, task.UpdatedAt}
+			now := got.is(t, 200, mustJSON(t, want)).header.Get("ETag")
+			if (task.UpdatedAt > was) != changes || (task.UpdatedAt != was) != changes || (now != tag) != changes {
+				t.Errorf("%s: updated_at %s, then %s; ETag %s, then %s", test.body, was, task.UpdatedAt, tag, now)
 			}
-			s.as(t, "bob", method, fmt.Sprintf("/api/bob/tasks/%d", task.ID), body, headers...).is(t, 404, notFound)
-			got := s.as(t, "ann", method, own, body, headers...)
-			switch after := s.as(t, "ann", "GET", own, ""); {
-			case !test.ok:
-				got.is(t, 412, modified)
-				after.is(t, 200, before.body)
-			case method == "PATCH":
-				got.is(t, 200, after.body)
-				if after.task(t).Title != "new" {
-					t.Errorf("%q: got %s", headers, after.body)
-				}
-				s.as(t, "ann", "PATCH", own, `{}`, "If-Match", before.header.Get("ETag")).is(t, 412, modified)
-			default:
-				got.is(t, 204, "")
-				after.is(t, 404, notFound)
-				s.as(t, "ann", method, own, body, headers...).is(t, 404, notFound)
+			if again := s.as(t, "ann", "GET", own, "").is(t, 200, got.body); again.header.Get("ETag") != now {
+				t.Errorf("%s: GET has the ETag %s", test.body, again.header.Get("ETag"))
 			}
 		}
+	}
+	const ahead = "2999-12-31T23:59:59.999999Z" // of the database's clock
+	s.exec(t, `UPDATE tasks SET updated_at = $1`, ahead)
+	if task = s.as(t, "ann", "PATCH", own, `{"title":"d"}`).task(t); task.UpdatedAt <= ahead {
+		t.Errorf("updated_at %s, then %s", ahead, task.UpdatedAt)
 	}
 }
 
@@ -1029,14 +800,13 @@ func TestAKeyMakesOneTask(t *testing.T) {
 	t.Parallel()
 	s := newService(t)
 	post := func(user, body, key string) reply {
-		t.Helper()
 		return s.as(t, user, "POST", "/api/"+user+"/tasks", body, "Idempotency-Key", key)
 	}
 	reused := problems(problem("value_error", `"header","Idempotency-Key"`,
 		"Value error, this key was used with another title or description", `"k"`, `"error":{}`))
-	post("ann", `{"title":7}`, "k").is(t, 422, problems(problem("string_type", `"body","title"`, "Input should be a valid string", "7")))
+	post("ann", `{"title":7}`, "k").is(t, 422, problems(noString("title", "7")))
 	s.exec(t, `ALTER TABLE tasks RENAME TO away`)
-	post("ann", `{"title":"other"}`, "k").is(t, 503, outage)
+	post("ann", `{"title":"other"}`, "k").is(t, 503, unavailable)
 	s.exec(t, `ALTER TABLE away RENAME TO tasks`)
 	first := post("ann", `{"title":"x","description":"d"}`, "k")
 	own := fmt.Sprintf("/api/ann/tasks/%d", first.task(t).ID)
@@ -1072,16 +842,9 @@ func TestAKeyMakesOneTask(t *testing.T) {
 func TestAKeyIsVisibleASCII(t *testing.T) {
 	t.Parallel()
 	s := newService(t)
-	const pattern = "^[!-~]{1,255}$"
-	for _, test := range [][]string{{""}, {" "}, {"a b"}, {"a\tb"}, {strings.Repeat("k", 256)}, {"é"}, {"k", "k"}, {"", ""}} {
-		var headers []string
-		for _, line := range test {
-			headers = append(headers, "Idempotency-Key", line)
-		}
-		s.as(t, "ann", "POST", "/api/ann/tasks", `{"title":"x"}`, headers...).is(t, 422,
-			problems(problem("string_pattern_mismatch", `"header","Idempotency-Key"`,
-				"String should match pattern '"+pattern+"'", mustJSON(t, strings.TrimPrefix(strings.Join(test, ", "), " ")),
-				`"pattern":"`+pattern+`"`)))
+	for _, lines := range [][]string{{""}, {" "}, {"a b"}, {"a\tb"}, {strings.Repeat("k", 256)}, {"é"}, {"k", "k"}, {"", ""}} {
+		input := mustJSON(t, strings.TrimPrefix(strings.Join(lines, ", "), " "))
+		s.as(t, "ann", "POST", "/api/ann/tasks", `{"title":"x"}`, pairs("Idempotency-Key", lines)...).is(t, 422, problems(noKey(input)))
 	}
 	for _, key := range []string{"!", "~", `a"b\,c'%`, strings.Repeat("k", 255)} {
 		s.as(t, "ann", "POST", "/api/ann/tasks", `{"title":"x"}`, "Idempotency-Key", key).task(t)
@@ -1103,157 +866,4 @@ func TestSimultaneousPostsWithOneKeyMakeOneTask(t *testing.T) {
 		answer.is(t, 201, answers[0].body)
 	}
 	services[1].as(t, "ann", "GET", "/api/ann/tasks", "").is(t, 200, "["+answers[0].body+"]")
-}
-
-func TestAPanicIsA500AndLoggedOnce(t *testing.T) {
-	t.Parallel()
-	for development, want := range map[bool]string{
-		false: `{"detail":"Internal server error"}`,
-		true:  `{"detail":"Internal server error: panic: runtime error: invalid memory address or nil pointer dereference"}`,
-	} {
-		s := newServiceOn(t, newAuthenticator(testSecret, "", "", ""))
-		s.store = &store{timeout: time.Minute, users: userLimit{limit: 1, users: map[string]*userTurns{}}} // which lacks what newStore makes
-		s.store.applied.Store(true)
-		s.development = development
-		s.as(t, "ann", "POST", "/api/ann/tasks", `{"title":"x"}`).is(t, 500, want)
-		lines := s.logs.at(slog.LevelError)
-		if len(lines) != 1 || !strings.Contains(lines[0], "nil pointer") || !strings.Contains(lines[0], "store.go") {
-			t.Errorf("logged %q", lines)
-		}
-		s.as(t, "", "GET", "/health", "").is(t, 200, `{"status":"healthy"}`)
-	}
-}
-
-func TestADatabaseErrorIsA503WhoseCauseIsOnlyLogged(t *testing.T) {
-	t.Parallel()
-	s := newService(t)
-	s.exec(t, `ALTER TABLE tasks RENAME TO away`)
-	for _, test := range [][]string{{"GET", "", ""}, {"GET", "?limit=5", ""}, {"GET", "/1", ""}, {"POST", "", `{"title":"x"}`},
-		{"PATCH", "/1", `{}`}, {"DELETE", "/1", ""}} {
-		got := s.as(t, "ann", test[0], "/api/ann/tasks"+test[1], test[2]).is(t, 503, outage)
-		if lines := s.logs.at(slog.LevelWarn); len(lines) != 1 || !strings.Contains(lines[0], "does not exist") ||
-			got.header.Get("Retry-After") == "" {
-			t.Errorf("%v: %v, logged %q", test, got.header, lines)
-		}
-	}
-	s.exec(t, `ALTER TABLE away RENAME TO tasks`)
-	s.exec(t, `ALTER TABLE tasks ADD CHECK (title <> 'a secret')`)
-	s.as(t, "ann", "POST", "/api/ann/tasks", `{"title":"a secret"}`).is(t, 500, `{"detail":"Internal server error"}`)
-	if lines := s.logs.at(slog.LevelError); len(lines) != 1 || !strings.Contains(lines[0], "check constraint") {
-		t.Errorf("logged %q", lines)
-	}
-}
-
-func TestEveryRequestIsOneLogLineWithoutSecrets(t *testing.T) {
-	t.Parallel()
-	s := newService(t)
-	const list, one = "/api/{user_id}/tasks", "/api/{user_id}/tasks/{task_id}"
-	own := fmt.Sprintf("/api/ann/tasks/%d", s.create(t, "ann", "x").ID)
-	for _, test := range []struct{ user, logged, method, path, route, body string }{
-		{"ann", "ann", "GET", own + "?secret=hush", one, ""},
-		{"ann", "ann", "POST", "/api/ann/tasks", list, `{"title":"hush"}`},
-		{"bob", "bob", "PATCH", own, one, `{"title":"hush"}`},
-		{"ann", "ann", "PATCH", own, one, `{"title":["hush"]}`},
-		{"", "", "GET", "/api/ann/tasks", list, ""},
-		{"ann", "", "GET", "/hush", "", ""},
-		{"", "", "GET", "/health", "/health", ""},
-		{"", "", "PUT", "/health", "/health", "hush"},
-	} {
-		s.logs.at(slog.LevelInfo)
-		got := s.as(t, test.user, test.method, test.path, test.body, "X-Request-ID", "an-id", "Cookie", "session=hush")
-		want := fmt.Sprintf(`^{"time":"2[-0-9T:.]+(Z|[+-]\d\d:\d\d)","level":"INFO","msg":"request","method":%q,"route":%q,`+
-			`"status":%d,"duration_ms":[0-9.]+,"bytes":%d,"user":%q,`+
-			`"remote":"127.0.0.1:\d+","request_id":"an-id"}\n$`, test.method, regexp.QuoteMeta(test.route), got.status, len(got.body),
-			test.logged)
-		if lines := s.logs.at(slog.LevelInfo); len(lines) != 1 ||
-			!regexp.MustCompile(strings.ReplaceAll(want, `\\`, `\`)).MatchString(lines[0]) {
-			t.Errorf("logged %q, want %s", lines, want)
-		}
-	}
-}
-
-func TestABodyThatIsNotJSONSaysWhereInTheWordsOfEncodingJSON(t *testing.T) {
-	t.Parallel()
-	s := newService(t)
-	const end, value = "unexpected end of JSON input", "looking for beginning of value"
-	for _, test := range []struct {
-		body   string
-		offset int // in bytes
-		msg    string
-	}{
-		{"\ufeff{}", 0, "invalid character 'ï' " + value}, {"  ", 2, end},
-		{"nul", 2, "invalid character ' ' in literal null (expecting 'l')"},
-		{"nulx", 3, "invalid character 'x' in literal null (expecting 'l')"},
-		{"{\"title\":\"\xff\"}", 10, "invalid UTF-8"}, {"{\"é\":\"\ufffdé\xc3\"}", 12, "invalid UTF-8"},
-		{"{\"a\":\"\xed\xa0\x80\"}", 6, "invalid UTF-8"}, {"\xff", 0, "invalid character 'ÿ' " + value},
-		{"title=x", 1, "invalid character 'i' in literal true (expecting 'r')"}, {"NaN", 0, "invalid character 'N' " + value},
-		{`{"title":"x"} x`, 14, "invalid character 'x' after top-level value"}, {"{}{}", 2, "invalid character '{' after top-level value"},
-		{"{}\x00", 2, `invalid character '\x00' after top-level value`}, {"01", 1, "invalid character '1' after top-level value"},
-		{`{"title":"x",}`, 13, "invalid character '}' looking for beginning of object key string"},
-		{`{"a" 1}`, 5, "invalid character '1' after object key"},
-		{`{"a":01}`, 6, "invalid character '1' after object key:value pair"}, {`{"title":`, 9, end}, {`{"title":"é`, 12, end},
-		{"\"a\nb\"", 2, `invalid character '\n' in string literal`}, {`"\x"`, 2, "invalid character 'x' in string escape code"},
-		{`"\u12g4"`, 5, `invalid character 'g' in \u hexadecimal character escape`},
-		{strings.Repeat("[", 10001), 10000, "invalid character '[' exceeded max depth"},
-	} {
-		s.as(t, "ann", "POST", "/api/ann/tasks", test.body).is(t, 422, problems(invalidJSON(test.offset, test.msg)))
-	}
-	deep := strings.Repeat("[", 9999) + strings.Repeat("]", 9999)
-	for _, body := range []string{"\t\r\n {\"title\":\"x\"}\r\n", `{"title":"x","other":` + deep + `}`,
-		`{"title":"x","n":[-0.5e+7,0,1E5,-0,{}, [] ,true,{"title":null}]}`} {
-		s.as(t, "ann", "POST", "/api/ann/tasks", body).task(t)
-	}
-}
-
-// FuzzBody: what gets through is one JSON text in UTF-8, and a text of it is what encoding/json reads or is refused.
-func FuzzBody(f *testing.F) {
-	for _, seed := range []string{`{"title":"x","title":null,"Title":[1]}`, `{"title":"\ud83d\ude00","description":"\udc00\ud800\ud83d"}`,
-		"\ufeff{}",
-		"{\"title\":\"\xff\"}", "{} x", `{"a":01}`, `{"title":"\\ud800\u0000"}`, "nul", `"\u12`, " ", `{"title":"\uD83D\uDE00\uDBFF"}`} {
-		f.Add([]byte(seed))
-	}
-	f.Fuzz(func(t *testing.T, text []byte) {
-		var b body
-		err := b.parse(text)
-		if (err == nil) != (json.Valid(text) && utf8.Valid(text)) {
-			t.Fatalf("%q: %v", text, err)
-		}
-		var v faults
-		if in := v.changes(b, false); err == nil && v == nil {
-			var want struct{ Title, Description *string }
-			_ = json.Unmarshal(b.members["title"], &want.Title)
-			if in.title != nil && (*in.title != *want.Title || strings.ContainsRune(*in.title, 0)) {
-				t.Errorf("%q: the title is %q", text, *in.title)
-			}
-			if in.title != nil && strings.ContainsRune(*in.title, utf8.RuneError) {
-				var again string // a lone surrogate would have become a U+FFFD that was not there
-				if raw := string(b.members["title"]); !strings.Contains(raw, "\ufffd") && !strings.Contains(strings.ToLower(raw), `\ufffd`) {
-					t.Errorf("%q: the title is %q%s", text, *in.title, again)
-				}
-			}
-		}
-	})
-}
-
-func FuzzPrecondition(f *testing.F) {
-	for _, seed := range []string{``, `*`, `"a"`, `W/"a", "b"`, `"a" "b"`, `,,"a,b",`, `"`, `W/`, `"2026-01-02T03:04:05.100000Z"`,
-		`"x",W/"2026-01-02T03:04:05.100000Z"`, "\"\xff\"\t,\"\x7f\"", `"a"b`} {
-		f.Add(seed)
-	}
-	const tag = `"2026-01-02T03:04:05.100000Z"`
-	task := task{updatedAt: instant(time.Date(2026, 1, 2, 3, 4, 5, 100e6, time.UTC).UnixMicro() - epoch)}
-	// a list of entity tags, from its start to the tag in question
-	strong := regexp.MustCompile(`^([, \t]|(W/)?"[^\x00-\x20",\x7f]*"[ \t]*,)*` + regexp.QuoteMeta(tag) + `[ \t]*(,|$)`)
-	weak := regexp.MustCompile(`^([, \t]|(W/)?"[^\x00-\x20",\x7f]*"[ \t]*,)*(W/)?` + regexp.QuoteMeta(tag) + `[ \t]*(,|$)`)
-	f.Fuzz(func(t *testing.T, line string) {
-		p, all := parsePrecondition([]string{line}), strings.Trim(line, " \t") == "*"
-		if (all || weak.MatchString(line)) && !p.matchesWeakly(task.etag()) {
-			t.Errorf("%q does not match", line)
-		}
-		times := p.times()
-		if (times == nil) != all || strong.MatchString(line) &&
-			!slices.Contains(times, strings.Trim(tag, `"`)) || len(times) > strings.Count(line, "Z") {
-			t.Errorf("%q allows %v", line, times)
-		}
-	})
 }
