@@ -188,22 +188,16 @@ func TestEveryFaultIsALineThatNamesTheVariableAndPrintsNoSecret(t *testing.T) {
 		check(len(all), err, all...)
 	}
 	// A password in which something is not encoded, and every other misfortune of a URL
-	for _, password := range []string{"S3cr3t", "S3cr3t/x", "x/S3cr3t", "S3cr3t?x", "x?S3cr3t", "x?y=S3cr3t", "x?sslmode=S3cr3t",
-		"x?s3cr3t=%zz", "x?s3cr3t", "S3cr3t#x", "S3cr3t@x", "x@S3cr3t", "x@y:S3cr3t", "S3cr3t:x", "S3cr3t%", "%zzS3cr3t", "S3cr3t,1",
-		"1,S3cr3t", "1/S3cr3t", "[S3cr3t", "S3cr3t]:", "S3cr3t'", `S3cr3t"`, `"S3cr3t`, `S3cr3t\`, "S3cr3t\n", "x\nS3cr3t", "%0aS3cr3t",
-		"S3cr3tü", "S3cr3t\xff", "S3cr3t ", "S3cr3t&x=y", "S3cr3t%00"} {
-		for _, scheme := range []string{"postgres://", "postgresql://", "postgres:/", "POSTGRES://", ""} {
-			for _, host := range []string{"h", "h:1", "h:port", "h:99999", "h,i:1,x", "[::1", ""} {
-				for _, rest := range []string{"", "/db", "/db?sslmode=perhaps", "/db?port=",
-					"/db?password=S3cr3t&sslpassword=S3cr3t%22&connect_timeout=x", "/db?channel_binding=require&sslmode=disable",
-					"/db?target_session_attrs=S3cr3t", "/db?port=1&host=/x"} {
-					variable := "DATABASE_URL=" + scheme + "u:" + password + "@" + host + rest
-					if c, err := parseConfig(environment(variable)); err != nil {
-						check(1, err, variable)
-					} else if text := strings.ToLower(fmt.Sprint(c.warnings)); strings.Contains(text, "s3cr3t") {
-						t.Errorf("%q: %s", variable, text)
-					}
-				}
+	for _, password := range []string{"S3cr3t/x", "x/S3cr3t", "S3cr3t?x", "x?S3cr3t", "x?sslmode=S3cr3t", "x?s3cr3t=%zz", "S3cr3t#x",
+		"1#S3cr3t", "S3cr3t@x", "x@S3cr3t", "S3cr3t:x", "%zzS3cr3t", "1,S3cr3t", "[S3cr3t", "S3cr3t]:", `S3cr3t"`,
+		"x\nS3cr3t", "S3cr3t\xff", "S3cr3t%00"} {
+		for _, rest := range []string{"h/db", "h:port", "h,i:1,x/db", "[::1", "/db?sslmode=perhaps",
+			"h/db?sslpassword=S3cr3t%22&connect_timeout=x", "h/db?target_session_attrs=S3cr3t"} {
+			variable := "DATABASE_URL=postgres://u:" + password + "@" + rest
+			if c, err := parseConfig(environment(variable)); err != nil {
+				check(1, err, variable)
+			} else if text := strings.ToLower(fmt.Sprint(c.warnings)); strings.Contains(text, "s3cr3t") {
+				t.Errorf("%q: %s", variable, text)
 			}
 		}
 	}
@@ -220,12 +214,8 @@ func TestWarnings(t *testing.T) {
 		{[]string{"BETTER_AUTH_SECRET='" + testSecret + "'"}, []string{"BETTER_AUTH_SECRET"}}, {[]string{jwks, "BETTER_AUTH_AUDIENCE=x"}, nil},
 		{[]string{jwks}, []string{"BETTER_AUTH_AUDIENCE"}}, {[]string{jwks, "BETTER_AUTH_ISSUER=x"}, []string{"BETTER_AUTH_AUDIENCE"}},
 		{[]string{"DATABASE_URL=postgres://u@db.example.com/d?sslmode=require"}, []string{"verif"}},
-		{[]string{"DATABASE_URL=postgres://u@db.example.com/d"}, []string{"verif"}},
 		{[]string{"DATABASE_URL=postgres://u@localhost,db.example.com/d?sslmode=require"}, []string{"verif"}},
-		{[]string{"DATABASE_URL=postgres://u@localhost/d?sslmode=require"}, nil},
 		{[]string{"DATABASE_URL=postgres://u@127.0.0.1,[::1]/d?sslmode=require"}, nil},
-		{[]string{"DATABASE_URL=postgres://u@/d?host=/tmp&sslmode=require"}, nil},
-		{[]string{"DATABASE_URL=postgres://u@db.example.com/d?sslmode=require&channel_binding=require"}, nil},
 		{[]string{jwks, "DATABASE_URL=postgres://u@db.example.com/d?sslmode=require"}, []string{"verif", "BETTER_AUTH_AUDIENCE"}},
 	} {
 		got, err := parseConfig(environment(c.variables...))

@@ -142,17 +142,12 @@ func TestOriginsAreTakenOnlyAsBrowsersWriteThem(t *testing.T) {
 		}
 	}
 	for _, origin := range []string{"*", "null", "", " ", ",", "http://a,", ",http://a", "http://a,,http://b", "http://a/", "http://a/path",
-		"http://a?", "http://a?q", "http://a#", "http://a#f", "http://a,*", "https://*.a.example", "http://*", "a.example", "localhost:3000",
-		"//a",
-		"http:a", "http:/a", "http://", "http://:3000", "https://:", "http:///", "http:////a", "HTTP://a", "Https://a", "http://A.example",
-		"https://a.exaMple", "ftp://a", "ftp://a:21", "ws://a:8080", "HTTP://a:8080", "file://", "chrome-extension://a", "http://a:80",
-		"https://a:443", "http://a:", "http://a:0", "http://a:00", "http://a:080", "http://a:65536",
-		"http://a:99999999999999999999", "http://a:-1", "http://a:+1", "http://a:x", "http://a:1:2", "http://u@a", "http://u:p@a",
-		"http://@a", "http://a b", "http://a http://b", "http://a;http://b", "http://a\nb", "http://a\x00", "http://bücher.example",
-		"http://a。example", "http://a%2Fb", "http://%61", "http://a\\b",
-		"http://.a", "http://a..b", "http://.",
-		"http://[::ffff:1.2.3.4]", "http://[fe80::1%25a]", "http://[::1", "http://::1",
-		"http://[::1%25eth0]", "http://[2001:DB8::1]", "http://[]", "'http://a'", `"http://a"`, "http://a\u00a0"} {
+		"http://a?q", "http://a#f", "http://a,*", "https://*.a.example", "a.example", "localhost:3000", "//a", "http:a", "http://",
+		"http://:3000", "HTTP://a", "https://a.exaMple", "ftp://a", "ws://a:8080", "file://", "http://a:80", "https://a:443", "http://a:",
+		"http://a:0", "http://a:080", "http://a:65536", "http://a:99999999999999999999", "http://a:x", "http://a:1:2", "http://u:p@a",
+		"http://a b", "http://a;http://b", "http://a\nb", "http://bücher.example", "http://a%2Fb", "http://a\\b", "http://.a", "http://a..b",
+		"http://[::ffff:1.2.3.4]", "http://[::1%25eth0]", "http://[::1", "http://::1", "http://[2001:DB8::1]", "http://[000]:3000",
+		"http://[]", "'http://a'", "http://a\u00a0"} {
 		if got, err := parseOrigins(origin); err == nil {
 			t.Errorf("%q is taken as %q", origin, got)
 		}

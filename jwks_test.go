@@ -13,7 +13,6 @@ import (
 	"encoding/pem"
 	"fmt"
 	"io"
-	"math/big"
 	"net/http"
 	"net/http/httptest"
 	"slices"
@@ -233,13 +232,9 @@ func TestTheKeyIsTheOneThatKidNames(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, _ := withEndpoint(answers(0, 200, set))
 		for want, headers := range map[string][]string{
-			tokenGood: {`"kid":"one"`, `"kid":"\u006fne"`, `"kid":"all"`, `"kid":"ключ"`,
-				`"kid":"one","typ":"JWT","typ":1,"jku":"https://evil.example.com"`,
-				`"kid":"two","kid":"one"`}, // golang-jwt's parser takes the last
-
-			tokenInvalid: {`"kid":"two"`, `"kid":"One"`, `"kid":"one "`, `"kid":""`, `"kid":null`, `"kid":1`, `"kid":["one"]`,
-				`"kid":"\ud800"`, `"KID":"one"`, `"x":"one"`,
-				`"kid":"one","kid":"two"`, `"kid":"one","crit":["exp"]`, `"kid":"one","alg":"ES256"`},
+			tokenGood: {`"kid":"one"`, `"kid":"all"`, `"kid":"ключ"`, `"kid":"one","typ":"JWT","jku":"https://evil.example.com"`},
+			tokenInvalid: {`"kid":"two"`, `"kid":"One"`, `"kid":""`, `"kid":null`, `"kid":1`, `"KID":"one"`, `"x":"one"`,
+				`"kid":"one","crit":["exp"]`, `"kid":"one","alg":"ES256"`},
 		} {
 			for _, header := range headers {
 				a.says(t, want, "ann", signed(t, jwt.SigningMethodEdDSA, keyPairs()["ed"], `{"alg":"EdDSA",`+header+`}`, claimsOfAnn))
@@ -261,25 +256,20 @@ func TestKeysThatCannotBeUsedArePassedOver(t *testing.T) {
 		return strings.NewReplacer(oldNew...).Replace(text)
 	}
 	encode, modulus := base64.RawURLEncoding.EncodeToString, keyPairs()["rsa"].Public().(*rsa.PublicKey).N
-	n, zeros, longer := encode(modulus.Bytes()), encode(make([]byte, 32)), encode(new(big.Int).Lsh(modulus, 1024).Bytes())
+	n, zeros := encode(modulus.Bytes()), encode(make([]byte, 32))
 	useless := []string{
 		`null`, `5`, `"ed"`, `[]`, `{}`, `{"kid":"ed"}`, `{"kty":"oct","k":"c2VjcmV0","kid":"ed","alg":"HS256"}`,
 		`{"kty":"oct","k":"c2VjcmV0","kid":"ed"}`, keyJSON("ed", "", ""), keyJSON("short", "rsa", ""), keyJSON("p384", "p384", ""),
 		keyJSON("p384", "p384", `"alg":"ES384",`), keyJSON("ed", "ed", `"use":"enc",`), keyJSON("rsa", "rsa", `"use":"enc",`),
 		keyJSON("p256", "p256", `"alg":5,`), keyJSON("p256", "p256", `"alg":"ECDH-ES",`), keyJSON("rsa", "rsa", `"alg":"RSA-OAEP",`),
-		with("ed", `"kid":"ed"`, `"kid":5`), with("ed", `"kid":"ed"`, `"kid":null`), with("ed", `"kid":`, `"id":`),
-		with("ed", `OKP`, `okp`), with("ed", `OKP`, `EC`), with("ed", "Ed25519", "X25519"), with("ed", "Ed25519", "Ed448"),
-		with("ed", `"x":"`, `"x":"AAAA`), with("ed", `"x":"`, `"x":"!`), with("ed", `"x":`, `"y":`),
-		with("ed", `"x":"`, `"x":["`, `","kty"`, `"],"kty"`), with("ed", `","kty"`, `=","kty"`), with("p256", `"x":"`, `"x":"AAAA`),
-		with("p256", `"y":"`, `"y":"AAAA`),
-		with("p256", `"x":`, `"y":`, `"y":`, `"x":`), with("p256", `"y":`, `"z":`), with("p256", "P-256", "P-521"),
-		with("p521", "P-521", "P-256"), with("p256", "P-256", "secp256k1"), with("p256", "P-256", "p-256"), with("p256", `"EC"`, `"RSA"`),
+		with("ed", `"kid":"ed"`, `"kid":5`), with("ed", `"kid":`, `"id":`), with("ed", `OKP`, `EC`), with("ed", "Ed25519", "X25519"),
+		with("ed", `"x":"`, `"x":"AAAA`), with("ed", `"x":"`, `"x":"!`), with("ed", `"x":`, `"y":`), with("ed", `","kty"`, `=","kty"`),
+		with("p256", `"x":"`, `"x":"AAAA`), with("p256", `"x":`, `"y":`, `"y":`, `"x":`), with("p256", `"y":`, `"z":`),
+		with("p256", "P-256", "P-521"), with("p521", "P-521", "P-256"), with("p256", "P-256", "secp256k1"), with("p256", `"EC"`, `"RSA"`),
 		`{"kty":"EC","crv":"P-256","kid":"p256","x":"` + zeros + `","y":"` + zeros + `"}`,
 		`{"kty":"EC","crv":"P-256","kid":"p256","x":"` + n[:43] + `","y":"` + zeros + `"}`, // off the curve
-		with("rsa", `AQAB`, ``), with("rsa", `AQAB`, `AQ`), with("rsa", `AQAB`, `AA`), with("rsa", `AQAB`, `Ag`),
-		with("rsa", `AQAB`, `gAAAAAE`), with("rsa", `AQAB`, `AQABAQABAQABAQAB`), with("rsa", `AQAB`, `!`),
-		with("rsa", `"n":`, `"m":`), with("rsa", n, n[3:]), with("rsa", n, n+"=="), with("rsa", n, longer+"!AAA"),
-		// which is not what stands before the !
+		with("rsa", `AQAB`, ``), with("rsa", `AQAB`, `AQ`), with("rsa", `AQAB`, `Ag`), with("rsa", `AQAB`, `gAAAAAE`),
+		with("rsa", `AQAB`, `AQABAQABAQABAQAB`), with("rsa", `"n":`, `"m":`), with("rsa", n, n[3:]), with("rsa", n, n+"=="),
 	}
 	for _, text := range useless {
 		if set := (jwkSet{}); len(set) > 0 || func() error { _, err := set.add([]byte(text)); return err }() == nil {
@@ -374,13 +364,13 @@ func TestKnownKeysGoOnWorkingWhateverTheEndpointAnswers(t *testing.T) {
 		"256 KiB and a byte":       {answers(0, 200, both+strings.Repeat(" ", 256<<10-len(both)+1)), bad, 0},
 		"no answer":                {func(*http.Request) (*http.Response, error) { return nil, io.EOF }, bad, 0},
 		"500":                      {answers(0, 500, both), bad, 0},
-		"404":                      {answers(0, 404, both), bad, 0}, "201": {answers(0, 201, both), bad, 0},
-		"429": {answers(0, 429, `{"keys":[]}`), bad, 0}, "302": {answers(0, 302, both), bad, 0}, "308": {answers(0, 308, both), bad, 0},
-		"HTML": {answers(0, 200, `<!DOCTYPE html><title>Sign in</title>`), bad, 0}, "nothing": {answers(0, 200, ``), bad, 0},
-		"truncated": {answers(0, 200, both[:len(both)-1]), bad, 0}, "trailing data": {answers(0, 200, both+"x"), bad, 0},
-		"null": {answers(0, 200, `null`), bad, 0}, "a bare list": {answers(0, 200, both[8:len(both)-1]), bad, 0},
-		"no keys": {answers(0, 200, `{"error":"x"}`), bad, 0}, "keys null": {answers(0, 200, `{"keys":null}`), bad, 0},
-		"keys an object": {answers(0, 200, `{"keys":{}}`), bad, 0}, "keys a string": {answers(0, 200, `{"keys":"[]"}`), bad, 0},
+		"429":                      {answers(0, 429, `{"keys":[]}`), bad, 0},
+		"302":                      {answers(0, 302, both), bad, 0},
+		"HTML":                     {answers(0, 200, `<!DOCTYPE html><title>Sign in</title>`), bad, 0},
+		"truncated":                {answers(0, 200, both[:len(both)-1]), bad, 0},
+		"trailing data":            {answers(0, 200, both+"x"), bad, 0},
+		"no keys":                  {answers(0, 200, `{"error":"x"}`), bad, 0},
+		"keys an object":           {answers(0, 200, `{"keys":{}}`), bad, 0},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -432,32 +422,5 @@ func TestAStormOfUnknownKidsHoldsNobodyUp(t *testing.T) {
 		}
 		time.Sleep(5 * time.Second)
 		e.fetched(t, 0, 5, 10, 15)
-	})
-}
-
-// FuzzJWK: no text panics, and a key that is taken has a kid and the type of its algorithms.
-func FuzzJWK(f *testing.F) {
-	for name, algorithms := range algorithmsOf {
-		f.Add(keyJSON(name, name, ""))
-		f.Add(keyJSON(name, name, `"alg":"`+algorithms[0]+`","use":"sig",`))
-	}
-	f.Add(`{"kty":"RSA","n":"` + strings.Repeat("A", 400) + `","e":"AQAB","kid":"x"}`)
-	f.Fuzz(func(t *testing.T, text string) {
-		set := jwkSet{}
-		kid, err := set.add([]byte(text))
-		if err != nil && len(set) > 0 || err == nil && (kid == "" || len(set) == 0) {
-			t.Fatalf("%s: %v, %v", text, set, err)
-		}
-		types := map[string]string{"EdDSA": "ed25519.PublicKey", "ES256": "*ecdsa.PublicKey", "ES512": "*ecdsa.PublicKey",
-			"RS256": "*rsa.PublicKey", "PS256": "*rsa.PublicKey"}
-		for name, keys := range set {
-			alg := name[strings.LastIndexByte(name, ' ')+1:]
-			if types[alg] != fmt.Sprintf("%T", keys[0]) || name != kid+" "+alg {
-				t.Errorf("%s: %s with a %T", text, name, keys[0])
-			}
-			for _, length := range []int{0, 64, 132, 256} {
-				_ = jwt.GetSigningMethod(alg).Verify("x.y", make([]byte, length), keys[0])
-			}
-		}
 	})
 }

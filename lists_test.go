@@ -396,53 +396,45 @@ func TestAListOfLargeTasksIsWhole(t *testing.T) {
 	}
 }
 
-func TestAListThatBreaksBreaksTheConnection(t *testing.T) {
+// While a list is under way, which is more than sockets hold, its reader waits after the head, and so the service.
+func TestAListUnderWayIsWholeOrBreaksTheConnection(t *testing.T) {
 	t.Parallel()
-	s := newServiceWithin(t, newDatabase(t), 1, 10*time.Second)
-	s.fill(t, 600, 100_000)
-	for _, breaks := range []bool{false, true} {
-		// This reader waits after the head, and so the server: 60 MB are more than sockets hold.
-		response := s.raw(t, "GET /api/ann/tasks HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer "+tokenFor(t, "ann"))
-		s.create(t, "bob", "the only connection is free")
-		s.as(t, "ann", "GET", "/api/ann/tasks?limit=1", "").tasks(t)
-		if breaks {
-			s.exec(t, `ALTER TABLE tasks RENAME TO away`)
-		}
-		text, err := io.ReadAll(response.Body)
-		if response.StatusCode != 200 || (err != nil) != breaks || json.Valid(text) == breaks {
-			t.Errorf("the list, broken: %t, ends after %d bytes with %v", breaks, len(text), err)
-		}
-	}
-	if lines := s.logs.at(slog.LevelWarn); len(lines) != 1 || !strings.Contains(lines[0], "does not exist") {
-		t.Errorf("logged %q", lines)
-	}
-}
-
-func TestAListWhoseRestIsDeletedMeanwhileIsStillJSON(t *testing.T) {
-	t.Parallel()
-	s := newServiceWithin(t, newDatabase(t), 1, 10*time.Second)
-	s.fill(t, 600, 100_000)
-	response := s.raw(t, "GET /api/ann/tasks HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer "+tokenFor(t, "ann"))
-	s.exec(t, `DELETE FROM tasks`)
-	text, err := io.ReadAll(response.Body)
-	var tasks []taskJSON
-	if jsonErr := json.Unmarshal(text, &tasks); err != nil || jsonErr != nil || len(tasks) == 600 {
-		t.Errorf("%d tasks in %d bytes, %v, %v", len(tasks), len(text), err, jsonErr)
-	}
-}
-
-func TestAListUnderWayWaitsForItsTurn(t *testing.T) {
-	t.Parallel()
-	const limit = time.Second
-	s := newServiceWithin(t, newDatabase(t), 1, limit)
-	s.fill(t, 600, 100_000)
-	response := s.raw(t, "GET /api/ann/tasks HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer "+tokenFor(t, "ann"))
-	must(0, s.store.users.enter(t.Context(), "ann")) // as another request of hers does
-	time.AfterFunc(limit*3/2, func() { s.store.users.leave("ann", true) })
-	text, err := io.ReadAll(response.Body)
-	var tasks []taskJSON
-	if jsonErr := json.Unmarshal(text, &tasks); err != nil || jsonErr != nil || len(tasks) != 600 {
-		t.Errorf("%d tasks in %d bytes, %v, %v, %q", len(tasks), len(text), err, jsonErr, s.logs.at(slog.LevelWarn))
+	for name, test := range map[string]struct {
+		meanwhile func(testing.TB, *service, *http.Response)
+		tasks     int    // that arrive at least; 0 for a broken connection
+		logged    string // as a warning, or at level INFO of who hung up
+	}{
+		"the one connection is free": {func(t testing.TB, s *service, _ *http.Response) { s.create(t, "bob", "x") }, 600, ""},
+		"the rest is deleted":        {func(t testing.TB, s *service, _ *http.Response) { s.exec(t, `DELETE FROM tasks`) }, 1, ""},
+		"it waits for its turn": {func(t testing.TB, s *service, _ *http.Response) {
+			must(0, s.store.users.enter(t.Context(), "ann")) // as another request of hers does
+			time.AfterFunc(s.store.timeout*3/2, func() { s.store.users.leave("ann", true) })
+		}, 600, ""},
+		"the database fails": {func(t testing.TB, s *service, _ *http.Response) { s.exec(t, `ALTER TABLE tasks RENAME TO away`) }, 0,
+			"does not exist"},
+		"its client hangs up": {func(t testing.TB, s *service, response *http.Response) { _ = response.Body.Close() }, 0, `"status":499`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newServiceWithin(t, newDatabase(t), 1, time.Second)
+			s.fill(t, 600, 100_000)
+			r := must(newRequest("GET", s.url+"/api/ann/tasks", ""))
+			r.Header.Set("Authorization", "Bearer "+tokenFor(t, "ann"))
+			response := must(http.DefaultTransport.RoundTrip(r))
+			defer response.Body.Close()
+			test.meanwhile(t, s, response)
+			text, err := io.ReadAll(response.Body)
+			var tasks []taskJSON
+			jsonErr := json.Unmarshal(text, &tasks)
+			if broken := test.tasks == 0; (err != nil) != broken || (jsonErr != nil) != broken || len(tasks) < test.tasks {
+				t.Errorf("%d tasks in %d bytes, %v, %v", len(tasks), len(text), err, jsonErr)
+			}
+			eventually(t, "the cause is logged", func() bool {
+				lines := append(s.logs.at(slog.LevelWarn), s.logs.at(slog.LevelInfo)...)
+				lines = slices.DeleteFunc(lines, func(line string) bool { return !strings.Contains(line, `"error"`) })
+				return len(lines) == min(1, len(test.logged)) && strings.Contains(strings.Join(lines, ""), test.logged)
+			})
+		})
 	}
 }
 
