@@ -1,7 +1,6 @@
 package main
 
 import (
-	"crypto/ed25519"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -18,37 +17,11 @@ import (
 	"testing"
 	"time"
 
-	"github.com/golang-jwt/jwt/v5"
 	"github.com/lib/pq"
 )
 
 // Each part stands beside a baseline that is measured in the same run. `make bench` reads them with benchstat; the service
 // as a whole is measured beside its peers with a load generator.
-
-// BenchmarkToken: a token is verified when it comes for the first time, and then remembered.
-func BenchmarkToken(b *testing.B) {
-	bySecret, byJWKS := newAuthenticator(testSecret, "", "", ""), newAuthenticator("", "http://localhost", "", "")
-	public, private, _ := ed25519.GenerateKey(nil)
-	byJWKS.jwks.known.Store(&jwkSet{"k EdDSA": {public}})
-	eddsa := jwt.NewWithClaims(jwt.SigningMethodEdDSA, jwt.MapClaims{"sub": "ann", "exp": time.Now().Add(time.Hour).Unix()})
-	eddsa.Header["kid"] = "k"
-	for alg, a := range map[string]*authenticator{"HS256": bySecret, "EdDSA": byJWKS} {
-		token := tokenFor(b, "ann")
-		if alg == "EdDSA" {
-			token = must(eddsa.SignedString(private))
-		}
-		b.Run(alg+"-first", func(b *testing.B) {
-			for b.Loop() {
-				must(a.verify(token))
-			}
-		})
-		b.Run(alg+"-again", func(b *testing.B) {
-			for b.Loop() {
-				must(a.subject(token))
-			}
-		})
-	}
-}
 
 func BenchmarkEncode(b *testing.B) {
 	t := task{id: 4711, userID: "ann", title: "Write the release notes", description: "with every change", described: true,

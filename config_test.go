@@ -237,9 +237,7 @@ func TestTaskflowTokenPrintsATokenThatTheServiceAccepts(t *testing.T) {
 		{both, []string{"--ttl=1000h", "ann"}, 1000 * time.Hour},
 		{append([]string{"BETTER_AUTH_JWKS_URL=https://a.example/jwks"}, both...), []string{"ann"}, time.Hour}, {both, nil, 0},
 		{both, []string{""}, 0}, {both, []string{"ann", "bob"}, 0}, {both, []string{strings.Repeat("a", 256)}, 0},
-		{both, []string{"-ttl", "ann"}, 0}, {both, []string{"-ttl", "x", "ann"}, 0},
-		{both, []string{"-ttl", "0", "ann"}, 0}, {both, []string{"-ttl", "-1s", "ann"}, 0}, {both, []string{"-ttl=5", "ann"}, 0},
-		{both, []string{"-x", "ann"}, 0}, {both, []string{"ann", "-ttl", "1h"}, 0},
+		{both, []string{"-ttl", "x", "ann"}, 0}, {both, []string{"-ttl", "0", "ann"}, 0}, {both, []string{"ann", "-ttl", "1h"}, 0},
 		{[]string{"BETTER_AUTH_SECRET=short"}, []string{"ann"}, 0}, {append(both, "PORT=x"), []string{"ann"}, 0},
 		{append(both, "ENVIRONMENT=production", remoteDatabase), []string{"ann"}, 0},
 		{append(both, "ENVIRONMENT=dev", remoteDatabase), []string{"ann"}, 0},
@@ -262,12 +260,5 @@ func TestTaskflowTokenPrintsATokenThatTheServiceAccepts(t *testing.T) {
 		}
 		a = newAuthenticator(testSecret, "", "https://a.example", "https://b.example")
 		a.says(t, map[bool]string{true: tokenGood, false: tokenInvalid}[getenv("BETTER_AUTH_AUDIENCE") != ""], user, token)
-	}
-	for _, args := range [][]string{{"serve"}, {"Token", "ann"}, {"version", "x"}, {"healthcheck", "x"}, {"-x"}} {
-		var output bytes.Buffer
-		if err := run(t.Context(), args, environment(), &output, &output); !errors.As(err, new(configError)) ||
-			!strings.Contains(err.Error(), "usage: taskflow") {
-			t.Errorf("%q: %v\n%s", args, err, &output)
-		}
 	}
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"cmp"
+	"context"
 	"database/sql/driver"
 	"encoding/json"
 	"fmt"
@@ -87,7 +88,6 @@ func TestAListTakesWhatItsParametersAllow(t *testing.T) {
 			t.Errorf("%s: got %s, want %s", query, got, want)
 		}
 	}
-	s.as(t, "ann", "GET", "/api/ann/tasks?search=nowhere", "").is(t, 200, "[]")
 	s.as(t, "ann", "GET", "/api/ann/tasks?search=nowhere&limit=1", "").is(t, 200, "[]")
 	s.as(t, "eve", "GET", "/api/eve/tasks", "").is(t, 200, "[]")
 }
@@ -111,12 +111,11 @@ func TestABadParameterOfAListIsNamed(t *testing.T) {
 		return in("cursor", "value_error", "Value error, the cursor is damaged or belongs to another list: start again without it", input,
 			`"error":{}`)
 	}
-	small := func(input string) string {
-		return in("limit", "greater_than_equal", "Input should be greater than or equal to 1", input, `"ge":1`)
+	bound := func(kind, words, ctx string) func(string) string {
+		return func(input string) string { return in("limit", kind, "Input should be "+words, input, ctx) }
 	}
-	large := func(input string) string {
-		return in("limit", "less_than_equal", "Input should be less than or equal to 1000", input, `"le":1000`)
-	}
+	small := bound("greater_than_equal", "greater than or equal to 1", `"ge":1`)
+	large := bound("less_than_equal", "less than or equal to 1000", `"le":1000`)
 	limit := func(input string) string { return noInteger(`"query","limit"`, mustJSON(t, input)) }
 	const columns, orders = "'id', 'created_at', 'updated_at' or 'title'", "'asc' or 'desc'"
 	long := strings.Repeat("😀", 201)
@@ -262,8 +261,6 @@ func TestAListHasATagThatChangesWithItsTasksOrderAndLinkOnly(t *testing.T) {
 		t.Error("the same tasks in the same order have two tags")
 	}
 	changes("a page with a link", list+"?limit=1")
-	s.create(t, "ann", "third")
-	changes("a page with another end", list+"?limit=2")
 	s.as(t, "ann", "PATCH", fmt.Sprintf("%s/%d", list, second.ID), `{"is_completed":true}`).task(t)
 	changes("a changed one", list)
 	whole := tag("whole", "ann", list)
@@ -274,7 +271,6 @@ func TestAListHasATagThatChangesWithItsTasksOrderAndLinkOnly(t *testing.T) {
 	}
 	s.as(t, "ann", "DELETE", fmt.Sprintf("%s/%d", list, first.ID), "").is(t, 204, "")
 	changes("one less", list)
-	s.as(t, "ann", "POST", list, `{"title":"x"}`, "If-None-Match", "*").task(t)
 	s.fill(t, 2*maxLimit, 3)
 	for _, headers := range [][]string{nil, {"If-None-Match", "*"}} {
 		if got := s.as(t, "ann", "GET", list, "", headers...); got.status != 200 || got.header.Get("ETag") != "" {
@@ -301,20 +297,15 @@ func TestAWalkSeesEveryTaskThatWasThereThroughoutOnce(t *testing.T) {
 	t.Parallel()
 	s := newServiceWithin(t, newDatabase(t), 16, 10*time.Second)
 	s.fill(t, 120, 3)
-	stop := make(chan struct{})
+	stop, end := context.WithCancel(t.Context())
 	var writers, walkers sync.WaitGroup
 	for i := range 2 {
 		writers.Go(func() {
-			for n := 0; ; n++ {
-				select {
-				case <-stop:
-					return
-				default:
-					user := []string{"ann", "ann", "bob"}[n%3]
-					task := s.create(t, user, fmt.Sprint((n*7+i)%130))
-					if n%5 > 0 {
-						s.as(t, user, "DELETE", fmt.Sprintf("/api/%s/tasks/%d", user, task.ID), "").is(t, 204, "")
-					}
+			for n := 0; stop.Err() == nil; n++ {
+				user := []string{"ann", "ann", "bob"}[n%3]
+				task := s.create(t, user, fmt.Sprint((n*7+i)%130))
+				if n%5 > 0 {
+					s.as(t, user, "DELETE", fmt.Sprintf("/api/%s/tasks/%d", user, task.ID), "").is(t, 204, "")
 				}
 			}
 		})
@@ -336,7 +327,7 @@ func TestAWalkSeesEveryTaskThatWasThereThroughoutOnce(t *testing.T) {
 		})
 	}
 	walkers.Wait()
-	close(stop)
+	end()
 	writers.Wait()
 }
 
@@ -369,30 +360,6 @@ func TestALongListIsWholeInOrderAndTheSameOnPages(t *testing.T) {
 	}
 	if head := s.as(t, "ann", "HEAD", "/api/ann/tasks", "").is(t, 200, ""); head.header.Get("Content-Length") != "" {
 		t.Errorf("HEAD has %v", head.header)
-	}
-}
-
-func TestAListOfLargeTasksIsWhole(t *testing.T) {
-	t.Parallel()
-	s := newService(t)
-	s.fill(t, 64, 200_000)
-	s.exec(t, `INSERT INTO tasks (user_id, title) SELECT 'ann', 'small' FROM generate_series(1, 3000)`)
-	s.fill(t, 3, 1_040_000)
-	for _, query := range []string{"", "?limit=1000", "?limit=50", "?order=desc&search=x&limit=1000"} {
-		n, small := 0, 0
-		for _, page := range s.pages(t, "ann", "/api/ann/tasks"+query) {
-			for _, task := range page.tasks(t) {
-				if n++; task.Title == "small" {
-					small++
-				} else if strings.Trim(*task.Description, "x") != "" || len(*task.Description) != 200_000 &&
-					len(*task.Description) != 1_040_000 {
-					t.Errorf("%s: task %d has %d bytes", query, task.ID, len(*task.Description))
-				}
-			}
-		}
-		if want := map[bool]int{true: 67, false: 3067}[strings.Contains(query, "search")]; n != want || small != want-67 {
-			t.Errorf("%s: %d tasks, %d small ones", query, n, small)
-		}
 	}
 }
 
@@ -483,30 +450,6 @@ func FuzzCursor(f *testing.F) {
 		}
 		if k := q.decodeCursor(user, q.encodeCursor(user, keyset{value, id})); (k != nil) != ok || ok && *k != (keyset{value, id}) {
 			t.Errorf("%q, %d in the order of %q became %v", value, id, sortBy, k)
-		}
-	})
-}
-
-func FuzzParameters(f *testing.F) {
-	for _, seed := range []string{"", "limit=5&search=a+b&order=desc", "%6cimit=%", "search=%ff&search=x;y",
-		"is_completed=1&sort_by=title&cursor=x", "&&=&limit&limit==", "search=%00", "limit=-0"} {
-		f.Add(seed)
-	}
-	f.Fuzz(func(t *testing.T, query string) {
-		var v faults
-		q := v.listQuery(&http.Request{URL: &url.URL{RawQuery: query}}, "ann")
-		if v == nil && (q.limit < 0 || q.limit > 1000 || utf8.RuneCountInString(q.search) > 200 || strings.ContainsRune(q.search, 0) ||
-			!utf8.ValidString(q.search) || !regexp.MustCompile(`^(id|title|(cre|upd)ated_at)$`).MatchString(q.sortBy)) {
-			t.Errorf("%q became %+v", query, q)
-		}
-		want, err := url.ParseQuery(strings.ReplaceAll(query, ";", "%3B"))
-		if last := len(want["search"]) - 1; v == nil && err == nil && last >= 0 && want["search"][last] != q.search {
-			t.Errorf("%q: searched is %q, not %q", query, q.search, want["search"])
-		}
-		for _, fault := range v {
-			if fault.Loc[0] != "query" || !json.Valid(fault.Input) {
-				t.Errorf("%q: %+v", query, fault)
-			}
 		}
 	})
 }
