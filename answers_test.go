@@ -2,6 +2,8 @@ package main
 
 import (
 	"log/slog"
+	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
 	"time"
@@ -38,3 +40,19 @@ func TestADatabaseErrorIsA503WhoseCauseIsOnlyLogged(t *testing.T) {
 		}
 	}
 }
+
+func TestAReaderHas30SecondsForEachPartOfAnAnswer(t *testing.T) {
+	t.Parallel()
+	w := &deadlines{ResponseWriter: httptest.NewRecorder()}
+	n, err := (&response{ResponseWriter: w, control: http.NewResponseController(w)}).Write(make([]byte, 3*writePart))
+	if err != nil || n != 3*writePart || len(w.set) != 3 || time.Until(w.set[2]).Round(10*time.Second) != 30*time.Second {
+		t.Errorf("%d bytes, %v, with %v", n, err, w.set)
+	}
+}
+
+type deadlines struct {
+	http.ResponseWriter
+	set []time.Time
+}
+
+func (d *deadlines) SetWriteDeadline(t time.Time) error { d.set = append(d.set, t); return nil }

@@ -14,23 +14,17 @@ import (
 	"time"
 )
 
-// development makes a folder of this name with dev/ and bin/taskflow, as in a clone, that PostgreSQL's account can reach.
+// development makes a folder of this name with dev/ and bin/taskflow, as in a clone, that PostgreSQL's account can reach. They
+// are links: a script that has just been written may be busy for a moment.
 func development(t testing.TB, name string) string {
 	t.Helper()
 	above := must(os.MkdirTemp("", "taskflow-test"))
 	t.Cleanup(func() { _ = os.RemoveAll(above) })
 	folder := filepath.Join(above, name)
-	err := errors.Join(os.Chmod(above, 0o755), os.CopyFS(filepath.Join(folder, "dev"), os.DirFS("dev")),
-		os.Mkdir(filepath.Join(folder, "bin"), 0o755), os.Symlink(taskflow(), filepath.Join(folder, "bin", "taskflow")))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		for _, pid := range processesOf(t, folder) {
-			t.Errorf("process %d is left", pid)
-			_ = syscall.Kill(pid, syscall.SIGKILL)
-		}
-	})
+	must(0, errors.Join(os.Chmod(above, 0o755), os.MkdirAll(filepath.Join(folder, "bin"), 0o755),
+		os.Symlink(must(filepath.Abs("dev")), filepath.Join(folder, "dev")),
+		os.Symlink(taskflow(), filepath.Join(folder, "bin", "taskflow"))))
+	t.Cleanup(func() { eventually(t, "no process is left", func() bool { return processesOf(t, folder) == nil }) })
 	return folder
 }
 
@@ -209,7 +203,9 @@ func TestProcessesAtOnceEndWithOneGeneratedSecret(t *testing.T) {
 func TestWithoutServerProgramsDevRunSaysWhatToInstall(t *testing.T) {
 	t.Parallel()
 	folder := development(t, "clone")
-	programs := filepath.Join(folder, "dev", "programs")
+	dev := filepath.Join(folder, "dev")
+	must(0, errors.Join(os.Remove(dev), os.CopyFS(dev, os.DirFS("dev"))))
+	programs := filepath.Join(dev, "programs")
 	text := strings.NewReplacer("/usr/lib/postgresql", "/nowhere", "apt-get", "no-apt-get", "command -v initdb", "false").Replace(
 		string(must(os.ReadFile(programs))))
 	must(0, os.WriteFile(programs, []byte(text), 0o755))

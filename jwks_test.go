@@ -352,20 +352,15 @@ func TestKnownKeysGoOnWorkingWhateverTheEndpointAnswers(t *testing.T) {
 		"an empty list": {answers(0, 200, `{"keys":[]}`), gone, 0}, "only useless keys": {answers(0, 200, keySet(`{}`)), gone, 0},
 		"too late":                 {answers(3*time.Second+1, 200, both), bad, 3 * time.Second},
 		"hanging":                  {answers(time.Hour, 200, both), bad, 3 * time.Second},
-		"a body that hangs":        {trickle(4 * time.Second), bad, 3 * time.Second},
 		"a body that trickles":     {trickle(time.Second), bad, 3 * time.Second},
 		"a body that does not end": {trickle(time.Millisecond), bad, 257 * time.Millisecond},
-		"10 MB":                    {answers(0, 200, both+strings.Repeat(" ", 10<<20)), bad, 0},
 		"256 KiB and a byte":       {answers(0, 200, both+strings.Repeat(" ", 256<<10-len(both)+1)), bad, 0},
 		"no answer":                {func(*http.Request) (*http.Response, error) { return nil, io.EOF }, bad, 0},
 		"500":                      {answers(0, 500, both), bad, 0},
-		"429":                      {answers(0, 429, `{"keys":[]}`), bad, 0},
 		"302":                      {answers(0, 302, both), bad, 0},
 		"HTML":                     {answers(0, 200, `<!DOCTYPE html><title>Sign in</title>`), bad, 0},
 		"truncated":                {answers(0, 200, both[:len(both)-1]), bad, 0},
-		"trailing data":            {answers(0, 200, both+"x"), bad, 0},
 		"no keys":                  {answers(0, 200, `{"error":"x"}`), bad, 0},
-		"keys an object":           {answers(0, 200, `{"keys":{}}`), bad, 0},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

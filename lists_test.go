@@ -67,8 +67,7 @@ func TestAListTakesWhatItsParametersAllow(t *testing.T) {
 		"": all, "?": all, "?&&": all, "?unknown=1&%zz=%zz&LIMIT=x&limits=0": all, "?search=": all, "?search": all,
 		"?sort_by=id&order=asc": all, "?order=desc": "987654321",
 		"?is_completed=true": "13579", "?is_completed=1": "13579", "?is_completed=false": "2468", "?is_completed=0": "2468",
-		"?is_completed=True": "13579", "?is_completed=FALSE": "2468",
-		"?order=DESC": "987654321", "?order=Asc": all,
+		"?is_completed=True": "13579", "?is_completed=FALSE": "2468", "?order=DESC": "987654321",
 		"?is_completed=x&is_completed=%30": "2468", "?i%73_completed=1": "13579",
 		"?search=NEEDLE": "258", "?search=SURE": "4", "?search=100": "2458", "?search=100%25": "4", "?search=%25": "4", "?search=_": "5",
 		"?search=%5C": "6", "?search=%5Cs": "6", "?search=%27": "7",
@@ -133,9 +132,9 @@ func TestABadParameterOfAListIsNamed(t *testing.T) {
 		"order=": literal("order", orders, ""), "order=descending": literal("order", orders, "descending"),
 		"order=%22": literal("order", orders, `"`),
 		"order=%":   encoding("order", "%"),
-		"limit=":    limit(""), "limit=x": limit("x"), "limit=1.5": limit("1.5"), "limit=0x1": limit("0x1"), "limit=1e2": limit("1e2"),
-		"limit=%D9%A1": limit("١"), "limit=5&limit=": limit(""), "limit=%1": encoding("limit", "%1"),
-		"limit=0": small("0"), "limit=-1": small("-1"), "limit=-99999999999999999999": small("-99999999999999999999"),
+		"limit=":    limit(""), "limit=1.5": limit("1.5"), "limit=0x1": limit("0x1"), "limit=%D9%A1": limit("١"),
+		"limit=%1": encoding("limit", "%1"),
+		"limit=0":  small("0"), "limit=-1": small("-1"), "limit=-99999999999999999999": small("-99999999999999999999"),
 		"limit=1001": large("1001"), "limit=99999999999999999999": large("99999999999999999999"),
 		"cursor=": cursor(""), "cursor": cursor(""), "cursor=x": cursor("x"),
 		"cursor=AAAAAAAAAAAAAAAAAAAAAAAA": cursor("AAAAAAAAAAAAAAAAAAAAAAAA"), "cursor=%%": encoding("cursor", "%%"),
@@ -203,9 +202,9 @@ func TestACursorIsForItsListOnly(t *testing.T) {
 	for i := range others {
 		others[i] += "&limit=2&cursor=" + cursor
 	}
+	_, same, _ := strings.Cut(path, "?")
 	for i := range cursor {
-		others = append(others, strings.TrimPrefix(path, "/api/ann/tasks?")+"&cursor="+cursor[:i],
-			strings.TrimPrefix(path, "/api/ann/tasks?")+"&cursor="+cursor[:i]+string(cursor[i]^1)+cursor[i+1:])
+		others = append(others, same+"&cursor="+cursor[:i], same+"&cursor="+cursor[:i]+string(cursor[i]^1)+cursor[i+1:])
 	}
 	others = append(others, strings.Split(link, "?")[1]+"A", strings.Split(link, "?")[1]+"=", strings.Split(link, "?")[1]+"%0A")
 	for _, query := range others {

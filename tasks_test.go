@@ -424,6 +424,8 @@ func TestRequestsThatNoClientLibraryWouldSend(t *testing.T) {
 		{"OPTIONS * HTTP/1.1" + host, 404, nowhere},
 		{"POST /api/ann/tasks HTTP/1.1" + expect + "1048577", 413, tooLarge},
 		{"POST /api/bob/tasks HTTP/1.1" + expect + "10", 403, forbidden},
+		{"POST /api/ann/tasks HTTP/1.1" + token + "\r\nTransfer-Encoding: chunked\r\n\r\nx", 400,
+			`{"detail":"Request body incomplete or malformed"}`},
 	} {
 		response := s.raw(t, test.head)
 		text := must(io.ReadAll(io.LimitReader(response.Body, response.ContentLength)))
